@@ -1,0 +1,311 @@
+"""LEAF: credit for the tokens of K sampled responses, from the prefix tree they already form.
+
+Gerogiannis, Yegorova, Hasegawa-Johnson, Veeravalli, "LEAF: Growing Trees Without Branching for Speech-Aware Large
+Language Model Post-Training", arXiv 2606.07610. This file is the method and nothing else; it needs torch only.
+
+GRPO scores each response once and gives that number to all of its tokens. LEAF uses the same K responses and the
+same K rewards, but looks back at where the responses part:
+
+    1. rollouts       K responses o_i with per-token surprisal s_i(t) and one terminal reward r_i (from the caller)
+    2. boundaries     the B most surprising positions, well apart                           select_boundaries
+    3. tree           at each boundary, responses with the same prefix form a node          build_tree
+    4. span credit    global + local advantage of the node at which a span ends             leaf_advantages
+    5. normalise      z-score over all (response, span) pairs; tokens inherit their span's  leaf_advantages
+
+Shapes: K responses padded to T tokens. `lengths` counts the end-of-sequence token where one was sampled; whatever
+stands past a response's length is never read. Inputs may be on any device: they are moved to the host once, and the
+tree is built there from plain Python numbers.
+
+Run `python leaf.py` for a worked example that can be checked by hand.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 2: where do the responses part?
+
+
+@dataclass
+class Node:
+    """A prefix shared by two or more responses (a "retained prefix node" v of the paper)."""
+
+    boundary: int  # the prefix is the first `boundary` tokens
+    members: list[int]  # D(v): the responses that share it; n(v) = len(members)
+    value: float  # V(v): their mean reward
+
+
+def separation(lengths, fork_budget: int) -> int:
+    """The least distance D between two boundaries: max(2, floor(l_min / (B + 1)))."""
+    return max(2, min(_to_list(lengths)) // (fork_budget + 1))
+
+
+def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int = 1) -> list[int]:
+    """The B most surprising positions of the group, at least D apart, in ascending order (step 2).
+
+    surprisal: (K, T) float, -log q of each sampled token under the *sampling* distribution; lengths: (K,) int.
+    A boundary at t means: the prefix is tokens 0..t-1 and the surprising token is token t.
+    """
+    surprisal = torch.as_tensor(surprisal).cpu()
+    lengths = torch.as_tensor(lengths).cpu()
+    first, last = max(1, min_prefix), int(lengths.max())  # candidates: first <= t < len(o_i)
+    if fork_budget < 1 or last <= first:
+        return []
+    # A position can be kept once, so only the most surprised response at each position matters.
+    ended = torch.arange(last) >= lengths[:, None]  # (K, last)
+    peak = surprisal[:, :last].masked_fill(ended, -math.inf).amax(0)  # (last,)
+    # A stable sort leaves ties in order of position: the smaller one first.
+    ranked = peak[first:].sort(descending=True, stable=True).indices + first
+    return _keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
+
+
+def random_boundaries(lengths, fork_budget: int, generator=None, min_prefix: int = 1) -> list[int]:
+    """Ablation: positions in uniformly random order instead of by surprisal, under the same separation rule."""
+    first, last = max(1, min_prefix), max(_to_list(lengths))
+    if fork_budget < 1 or last <= first:
+        return []
+    shuffled = torch.randperm(last - first, generator=generator) + first
+    return _keep_apart(shuffled.tolist(), fork_budget, separation(lengths, fork_budget))
+
+
+def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]:
+    """Ablation: evenly spaced boundaries, at floor(l_min k / (B + 1)) for k = 1..B."""
+    shortest = min(_to_list(lengths))
+    spots = {shortest * k // (fork_budget + 1) for k in range(1, fork_budget + 1)}
+    return sorted(b for b in spots if b >= max(1, min_prefix))
+
+
+def _keep_apart(ranked: list[int], budget: int, distance: int) -> list[int]:
+    """Walk down the ranking and keep what is at least `distance` from everything kept, until `budget` are kept."""
+    kept: list[int] = []
+    for t in ranked:
+        if all(abs(t - other) >= distance for other in kept):
+            kept.append(t)
+            if len(kept) == budget:
+                break
+    return sorted(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 3: the tree
+
+
+def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
+    """The retained nodes, by boundary and then by first member (step 3). tokens: (K, T) int; rewards: (K,) float.
+
+    A response of length <= b has no more than its own tokens to compare, so it groups by all of them.
+    """
+    rows, rewards = _responses(tokens, lengths), _to_list(rewards)
+    nodes = []
+    for b in sorted(boundaries):
+        groups: dict[tuple, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(tuple(row[:b]), []).append(i)
+        for members in groups.values():
+            if len(members) >= 2:  # singletons are not retained: alone, V(v) is just r_i
+                nodes.append(Node(b, members, sum(rewards[i] for i in members) / len(members)))
+    return nodes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 4 and 5: credit
+
+
+def span_credits(lengths, rewards, nodes: list[Node], terms: str = "both", multiplicity: bool = True):
+    """Step 4: the non-empty spans of every response as tuples (response, start, end, A), before normalisation."""
+    if terms not in ("both", "global", "local"):
+        raise ValueError(f"terms must be 'both', 'global' or 'local', not {terms!r}")
+    use_global, use_local = terms != "local", terms != "global"
+    rewards, lengths = _to_list(rewards), _to_list(lengths)
+    root_value = sum(rewards) / len(rewards)  # V(v0)
+    spans = []
+    for i, length in enumerate(lengths):
+        start, parent_value = 0, root_value
+        for node in (node for node in nodes if i in node.members):  # the path of response i, in boundary order
+            credit = use_global * (node.value - root_value) + use_local * (node.value - parent_value)  # GA + LA
+            if multiplicity:  # all n descendants repeat this span, so n copies of its gradient add up
+                credit /= math.sqrt(len(node.members))
+            end = min(node.boundary, length)  # a twin that ended before the boundary: its span stops with it
+            if start < end:
+                spans.append((i, start, end, credit))
+            start, parent_value = end, node.value
+        if start < length:  # the tail, after the last shared prefix, is this response's own
+            credit = use_global * (rewards[i] - root_value) + use_local * (rewards[i] - parent_value)
+            spans.append((i, start, length, credit))
+    return spans
+
+
+def leaf_advantages(
+    tokens,
+    lengths,
+    surprisal,
+    rewards,
+    fork_budget: int = 2,
+    terms: str = "both",
+    multiplicity: bool = True,
+    normalize: bool = True,
+    min_prefix: int = 1,
+    boundaries: list[int] | None = None,
+) -> torch.Tensor:
+    """LEAF's advantage of every token of one prompt's K responses: (K, T) float32, zero past each length.
+
+    tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float. The result is on the
+    tokens' device. terms ("both", "global", "local"), multiplicity and normalize switch off parts of the paper's
+    rule for ablations; boundaries, if given, replace the selected ones. Raises ValueError on a non-finite reward.
+    """
+    tokens, lengths, rewards = torch.as_tensor(tokens), _to_list(lengths), _to_list(rewards)
+    if not all(map(math.isfinite, rewards)):
+        raise ValueError(f"rewards must be finite, got {rewards}")
+    advantages = torch.zeros(tokens.shape, dtype=torch.float32)
+    if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
+        return advantages.to(tokens.device)
+    if boundaries is None:
+        boundaries = select_boundaries(surprisal, lengths, fork_budget, min_prefix)
+    spans = span_credits(lengths, rewards, build_tree(tokens, lengths, rewards, boundaries), terms, multiplicity)
+    credits = [credit for *_, credit in spans]  # Python floats: float64
+    if normalize:
+        credits = _zscore(credits)
+    for (i, start, end, _), credit in zip(spans, credits):
+        advantages[i, start:end] = credit
+    return advantages.to(tokens.device)
+
+
+def _zscore(values: list[float]) -> list[float]:
+    """Step 5: unbiased standard deviation, floored at 1e-6. A span shared by n responses is in the list n times."""
+    if len(values) < 2:
+        return [0.0] * len(values)
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return [(v - mean) / max(std, 1e-6) for v in values]
+
+
+def grpo_advantages(rewards, lengths, std_floor: float = 1 / 3) -> torch.Tensor:
+    """The GRPO baseline: one number per response for all of its tokens, (K, T) float32 with T the longest length.
+
+    A_i = (r_i - mean r) / (max(std r, std_floor) + 1e-6), unbiased std. The floor of 1/3 is the LEAF authors'; since
+    BLEU rewards spread less than that, it also shrinks the step. std_floor=0 is plain GRPO.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    lengths = torch.as_tensor(lengths, device=rewards.device)
+    credit = torch.zeros_like(rewards)
+    if len(rewards) > 1 and rewards.max() > rewards.min():
+        credit = (rewards - rewards.mean()) / (rewards.std().clamp(min=std_floor) + 1e-6)
+    mask = torch.arange(int(lengths.max()), device=rewards.device) < lengths[:, None]  # (K, T)
+    return (credit[:, None] * mask).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective, the same for LEAF and GRPO
+
+
+def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, kl_coef: float = 0.02):
+    """Clipped policy gradient with the k3 estimate of the KL to the reference; returns (loss, stats).
+
+    All tensors (N, T): N responses of any number of prompts. logp, old_logp and ref_logp are log-probabilities of the
+    sampled tokens under the model's full softmax; mask is true on a response's tokens, its end-of-sequence token
+    included. The loss is the mean over a response's tokens, then the mean over responses, so that splitting a batch
+    into micro-batches and weighting each by its share of responses changes nothing.
+    """
+    mask = mask.to(logp.dtype)
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)  # (N, T), sums to 1
+
+    def mean(x):
+        return (x * weight).sum()
+
+    log_ratio = (logp - old_logp) * mask  # masked before exp: padding must not overflow
+    ratio = log_ratio.exp()  # rho
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    log_ref_ratio = (ref_logp - logp) * mask
+    k3 = torch.expm1(log_ref_ratio) - log_ref_ratio
+    loss = mean(-surrogate + kl_coef * k3)
+    stats = {
+        "loss": loss.detach(),
+        "kl": mean(k3.detach()),
+        "clip_fraction": mean((ratio * advantages > clipped * advantages).to(logp.dtype)),
+        "ratio": mean(ratio.detach()),
+        "ratio_gap": mean((ratio.detach() - 1).abs()),  # 0 before a batch's first update, but for rounding
+    }
+    return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forkability: is there anything for LEAF to use?
+
+
+def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
+    """For each selected boundary: does a fork fire there, and is it usable?
+
+    A fork fires when a group of two or more has a member that goes on past the boundary; it is usable when such a
+    group also has different rewards inside. group_size and reward_spread are means over the retained groups.
+    """
+    lengths, rewards = _to_list(lengths), _to_list(rewards)
+    nodes = build_tree(tokens, lengths, rewards, boundaries)
+    report = []
+    for b in sorted(boundaries):
+        groups = [node.members for node in nodes if node.boundary == b]
+        spreads = [max(rewards[i] for i in g) - min(rewards[i] for i in g) for g in groups]
+        going_on = [any(lengths[i] > b for i in g) for g in groups]
+        report.append({
+            "position": b,
+            "fires": any(going_on),
+            "usable": any(on and spread > 0 for on, spread in zip(going_on, spreads)),
+            "group_size": sum(map(len, groups)) / max(1, len(groups)),
+            "reward_spread": sum(spreads) / max(1, len(groups)),
+        })  # fmt: skip
+    return report
+
+
+def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=None) -> str:
+    """The prefix tree as text. pieces: each response as a list of token strings; rewards may be None (no values)."""
+    lines = [f"root  n={len(pieces)}" + ("" if rewards is None else f"  V={sum(rewards) / len(rewards):.4f}")]
+
+    def draw(members, start, level, indent):
+        # Groups only split as b grows, so this node's children are the retained nodes of later boundaries inside it.
+        pending = list(members)
+        for depth in range(level, len(nodes)):
+            node = nodes[depth]
+            if set(node.members) <= set(pending):
+                text = "".join(pieces[node.members[0]][start : node.boundary])
+                value = "" if rewards is None else f"  V={node.value:.4f}"
+                lines.append(f"{indent}+- {text!r}  t={node.boundary}  n={len(node.members)}{value}")
+                draw(node.members, node.boundary, depth + 1, indent + "|  ")
+                pending = [i for i in pending if i not in node.members]
+        for i in pending:
+            reward = "" if rewards is None else f"  r={rewards[i]:.4f}"
+            lines.append(f"{indent}o- {''.join(pieces[i][start:])!r}  response {i + 1}{reward}")
+
+    draw(range(len(pieces)), 0, 0, "")
+    if advantages is not None:
+        lines.append("advantage of each token:")
+        for i, row in enumerate(pieces):
+            lines.append(f"  response {i + 1}: " + "  ".join(f"{p} {a:+.5f}" for p, a in zip(row, advantages[i])))
+    return "\n".join(lines)
+
+
+def _to_list(x) -> list:
+    return x.tolist() if isinstance(x, torch.Tensor) else list(x)
+
+
+def _responses(tokens, lengths) -> list[list[int]]:
+    return [row[:n] for row, n in zip(_to_list(tokens), _to_list(lengths))]
+
+
+if __name__ == "__main__":
+    # Three responses to one prompt; E ends a response. The first is good and leaves the others at its third token.
+    pieces = [list("abcdE"), list("abE"), list("abE")]
+    rewards = [1.0, 0.2, 0.2]
+    vocabulary = "abcdE"
+    tokens = torch.tensor([[vocabulary.index(p) for p in row] + [0] * (5 - len(row)) for row in pieces])
+    lengths = torch.tensor([5, 3, 3])
+    surprisal = torch.tensor([[0.1, 0.1, 2.0, 0.3, 3.0], [0.1, 0.1, 0.4, 0, 0], [0.1, 0.1, 0.4, 0, 0]])
+    boundaries = select_boundaries(surprisal, lengths, fork_budget=2)
+    nodes = build_tree(tokens, lengths, rewards, boundaries)
+    print(f"boundaries {boundaries} (at least {separation(lengths, 2)} apart)")
+    print(format_tree(pieces, rewards, nodes, leaf_advantages(tokens, lengths, surprisal, rewards).tolist()))
+    print("raw span credit (GA + LA) / sqrt n, and the tails':")
+    for i, start, end, credit in span_credits(lengths, rewards, nodes):
+        print(f"  response {i + 1}  [{start}, {end})  {''.join(pieces[i][start:end]):4} {credit:+.5f}")
+    print("GRPO gives every token of a response the same:", [f"{a:+.5f}" for a in grpo_advantages(rewards, lengths)[:, 0]])

@@ -1,0 +1,765 @@
+"""LEAF on one GPU, or on a laptop: `python train.py` tells the whole story.
+
+    python train.py                          synthetic spoken question answering; nothing to download
+    python train.py --task translation       synthetic speech in another language -> English text
+    python train.py --algo grpo              the baseline: same base, data, seed, budget and rollouts
+    python train.py --data DIR               your corpus: train.jsonl, validation.jsonl, test.jsonl (see data.py)
+    python train.py --ask AUDIO "question" --out RUN     use what was trained; add --samples 8 to see the tree
+
+Top to bottom: data -> base model (CTC on the encoder, freeze it, then next-token on projector and decoder) ->
+evaluate -> LoRA -> rollouts, rewards, credit, update -> evaluate. Ctrl-C saves; the same command goes on from there.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import data
+from leaf import (
+    build_tree, fork_stats, format_tree, grpo_advantages, leaf_advantages, policy_loss, select_boundaries,
+)  # fmt: skip
+from lora import DECODER_TARGETS, apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
+from model import SpeechConfig, SpeechLM
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: every field is a flag
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    # data
+    task: str = flag("qa", "synthetic task: qa or translation")
+    data: str = flag("", "folder of a corpus with train.jsonl, validation.jsonl and test.jsonl; replaces --task")
+    skip_bad_rows: bool = flag(False, "go on without the rows of --data that fail the check")
+    max_audio_seconds: float = flag(30.0, "longest recording accepted")
+    train_rows: int = flag(3000, "synthetic rows to train on")
+    validation_rows: int = flag(96, "synthetic validation rows; of --data at most so many are used")
+    test_rows: int = flag(300, "synthetic test rows; of --data at most so many are used")
+    # base model
+    base: str = flag("", "folder of the base model; default: beside the run, shared by runs; trained if not there")
+    base_seed: int = flag(0, "seed of the base model and of the synthetic data")
+    ctc_steps: int = flag(400, "steps of CTC training of the encoder")
+    ctc_lr: float = flag(3e-3, "its learning rate")
+    sft_steps: int = flag(500, "steps of next-token training of projector and decoder")
+    sft_lr: float = flag(3e-3, "its learning rate")
+    base_batch: int = flag(32, "rows per step, in both")
+    # policy optimisation
+    algo: str = flag("leaf", "credit: leaf or grpo")
+    steps: int = flag(300, "rollout batches")
+    prompts: int = flag(8, "prompts per rollout batch (paper: 6)")
+    responses: int = flag(8, "K, responses per prompt")
+    update_prompts: int = flag(4, "prompts, with all their responses, per optimiser step (paper: about 1)")
+    micro_prompts: int = flag(4, "prompts per forward pass; changes memory and not the result")
+    lr: float = flag(1.5e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
+    warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
+    final_lr: float = flag(0.1, "share of the peak learning rate at the end of the cosine")
+    clip: float = flag(0.2, "epsilon of the clipped ratio")
+    kl_coef: float = flag(0.02, "beta, weight of the KL to the base")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+    temperature: float = flag(1.0, "of the rollouts")
+    top_p: float = flag(0.9, "of the rollouts")
+    max_new_tokens: int = flag(32, "longest response (paper: 200)")
+    # LEAF
+    fork_budget: int = flag(2, "B, boundaries per prompt")
+    min_prefix: int = flag(1, "earliest boundary")
+    terms: str = flag("both", "advantage terms: both, global or local")
+    multiplicity: bool = flag(True, "divide a shared span's credit by the root of how many share it")
+    # GRPO
+    std_floor: float = flag(1 / 3, "least reward std to divide by (the authors' 1/3; 0: plain GRPO)")
+    # LoRA
+    lora_r: int = flag(16, "rank (paper: 64)")
+    lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
+    lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
+    # evaluation
+    eval_every: int = flag(50, "steps between greedy evaluations on the validation split")
+    eval_passes: int = flag(5, "sampled passes over the test split, at temperature 0.9 and top-p 0.9")
+    # run
+    seed: int = flag(0, "of rollouts, data order and LoRA")
+    out: str = flag("", "run folder; default: runs/TASK-ALGO-seedN")
+    save_every: int = flag(50, "steps between checkpoints")
+    device: str = flag("auto", "auto, cuda, mps or cpu")
+    dtype: str = flag("auto", "of the policy: auto (bfloat16 on CUDA where supported), float32 or bfloat16")
+    cache_gb: float = flag(1.0, "memory for each cache of features, encoder frames and audio embeddings")
+
+    CHOICES = {"task": ("qa", "translation"), "algo": ("leaf", "grpo"), "terms": ("both", "global", "local"),
+               "dtype": ("auto", "float32", "bfloat16")}  # fmt: skip
+    # May change between a run and its resumption; everything else is what the run is.
+    FREE = ("out", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
+    # What the base model depends on
+    BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps",
+            "sft_lr", "base_batch")  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        return Path(self.data).resolve().name if self.data else self.task
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out or f"runs/{self.name}-{self.algo}-seed{self.seed}")
+
+    @property
+    def base_folder(self) -> Path:
+        return Path(self.base or self.run_folder.parent / f"base-{self.name}-seed{self.base_seed}")
+
+
+class UserError(Exception):
+    """Something the user can fix: printed as one line, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Never lose work: checkpoints, and a loop that goes on where it stopped
+
+
+class Stopping:
+    """Ctrl-C and SIGTERM ask a training loop to save and leave; anywhere else, or twice, they stop at once."""
+
+    def __init__(self):
+        self.signal, self.in_loop = None, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.signal is not None or not self.in_loop:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+
+def write_json(path: Path, value):
+    """Whole or not at all: written beside the place, then renamed into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=2) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], optimizer):
+    """One folder, step-NNNNNN: everything is written and synced under another name, then renamed once."""
+    tensors = {f"value.{name}": tensor for name, tensor in named.items()}
+    for name, tensor in named.items():
+        for key, moment in optimizer.state.get(tensor, {}).items():
+            tensors[f"{key}.{name}"] = moment
+    final, temporary = folder / f"step-{step:06d}", folder / f"saving-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
+    write_json(temporary / "state.json", {"step": step})
+    for path in (temporary / "tensors.safetensors", temporary):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    os.rename(temporary, final)
+    for old in sorted(folder.glob("step-*"))[:-2]:  # the newest two
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, named: dict[str, torch.Tensor], optimizer) -> int:
+    """Restore the newest complete checkpoint; returns its step, 0 where there is none."""
+    for leftover in folder.glob("saving-*"):  # a save that was killed
+        shutil.rmtree(leftover)
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return 0
+    tensors = load_file(found[-1] / "tensors.safetensors")
+    with torch.no_grad():
+        for name, tensor in named.items():
+            tensor.copy_(tensors.pop(f"value.{name}"))
+    for key, moment in tensors.items():
+        kind, _, name = key.partition(".")
+        # AdamW counts its steps on the CPU and keeps its moments beside the parameter.
+        optimizer.state[named[name]][kind] = moment if kind == "step" else moment.to(named[name].device)
+    return json.loads((found[-1] / "state.json").read_text())["step"]
+
+
+def fit(stage: str, folder: Path, steps: int, named: dict[str, torch.Tensor], optimizer, cfg: Config, stopping, step_fn):
+    """Call step_fn(step) -> metrics for every step; log a line each, save, resume.
+
+    Everything random inside a step is seeded by (seed, stage, step), so that a resumed run repeats nothing and
+    misses nothing: parameters, moments and the step number are all the state there is.
+    """
+    log_file, checkpoints = folder / f"{stage}.jsonl", folder / "checkpoints" / stage
+    start = load_checkpoint(checkpoints, named, optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = log_file.read_bytes().splitlines(keepends=True) if log_file.exists() else []
+    log_file.write_bytes(b"".join(lines[:start]))  # one line a step: lines past the checkpoint will be written again
+    stopping.in_loop = True
+    with open(log_file, "a", encoding="utf-8") as log, tqdm(
+        total=steps, initial=start, desc=stage, disable=None, mininterval=0.5
+    ) as bar:
+        for step in range(start, steps):
+            torch.manual_seed(int(np.random.default_rng([cfg.seed, cfg.base_seed, len(stage), step]).integers(2**31)))
+            metrics = step_fn(step)
+            log.write(json.dumps({"step": step + 1, **metrics}) + "\n")
+            log.flush()
+            bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss", "reward", "kl") if k in metrics}, refresh=False)
+            bar.update()
+            if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stopping.signal is not None:
+                log.flush()
+                os.fsync(log.fileno())
+                save_checkpoint(checkpoints, step + 1, named, optimizer)
+            if stopping.signal is not None:
+                bar.close()
+                print(f"saved {checkpoints} at step {step + 1} of {steps}; the same command goes on from there")
+                raise SystemExit(128 + stopping.signal)
+    stopping.in_loop = False
+
+
+def learning_rate(cfg: Config, peak: float, progress: float) -> float:
+    """Linear warm-up, then a cosine down to final_lr of the peak; progress runs from 0 to 1."""
+    if progress < cfg.warmup:
+        return peak * progress / cfg.warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - cfg.warmup) / (1 - cfg.warmup)))
+    return peak * (cfg.final_lr + (1 - cfg.final_lr) * cosine)
+
+
+class Updater:
+    """AdamW with gradient clipping that skips a step with a non-finite loss or gradient, and gives up after ten."""
+
+    def __init__(self, parameters, cfg: Config):
+        self.parameters, self.cfg, self.skipped = list(parameters), cfg, 0
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, loss: float, lr: float) -> float:
+        """Apply the gradients; returns their norm before clipping."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.grad_clip))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            tqdm.write(f"skipped an update: loss {loss}, gradient norm {norm} ({self.skipped} in a row)")
+            if self.skipped == 10:
+                raise UserError("10 updates in a row were not finite; try a lower learning rate or --dtype float32")
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def order(n: int, seed: list[int], start: int, count: int) -> list[int]:
+    """Items start .. start + count - 1 of an endless sequence of shuffled passes over n rows."""
+    passes = {e: np.random.default_rng([*seed, e]).permutation(n) for e in {start // n, (start + count - 1) // n}}
+    return [int(passes[i // n][i % n]) for i in range(start, start + count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A split of the corpus, heard once: audio -> log-mels -> encoder frames -> audio embeddings, each cached
+
+
+class Split:
+    def __init__(self, name: str, rows: list[dict], cfg: Config):
+        self.name, self.rows, self.frames = name, rows, None
+        self.mels = self.cache(cfg, "hearing", lambda indices: [data.log_mel(data.load_audio(rows[i])) for i in indices])
+
+    def cache(self, cfg: Config, doing: str, compute) -> data.Cache:
+        return data.Cache(compute, len(self.rows), cfg.cache_gb, f"{doing} {len(self.rows)} {self.name} rows")
+
+    def encode(self, model: SpeechLM, cfg: Config):
+        """Pass everything through the encoder, which is frozen from here on."""
+        if self.frames is None:
+            self.frames = self.cache(cfg, "encoding", lambda indices: encode(model, self.mels(indices)))
+
+    def project(self, model: SpeechLM, tokenizer, cfg: Config):
+        """And through the projector, frozen too: what is left for RL is embeddings in, text out."""
+        self.encode(model, cfg)
+        self.prompts = [tokenizer.encode_prompt(row["prompt"]) for row in self.rows]
+        self.sounds = self.cache(cfg, "projecting", lambda indices: project(model, self.frames(indices)))
+
+    def batch(self, model: SpeechLM, indices: list[int], sounds_of: list[int] | None = None):
+        """Prompts of the rows at indices, optionally with other rows' audio."""
+        return model.embed_prompts([self.prompts[i] for i in indices], self.sounds(sounds_of or indices))
+
+
+def pad(tensors: list[torch.Tensor], device):
+    """Ragged (n, ...) tensors -> (B, n_max, ...) with zeros, lengths (B,)."""
+    lengths = torch.tensor([len(t) for t in tensors], device=device)
+    return torch.nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True), lengths
+
+
+@torch.no_grad()
+def encode(model: SpeechLM, mels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Frozen encoder: log-mels (T, 160) -> frames (T, C) each."""
+    mel, lengths = pad(mels, model.device)
+    frames, _ = model.encoder(mel.to(model.projector.query.dtype), lengths)
+    return [f[:n].clone() for f, n in zip(frames, lengths.tolist())]
+
+
+@torch.no_grad()
+def project(model: SpeechLM, frames: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Frozen projector: encoder frames (T, C) -> audio embeddings (N, C_text) each."""
+    frames, lengths = pad(frames, model.device)
+    audio, counts = model.projector(frames.to(model.projector.query.dtype), lengths)
+    return [a[:n].clone() for a, n in zip(audio, counts.tolist())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base model, made as Granite Speech was: CTC on the encoder; freeze it; next-token on projector and decoder
+
+
+def train_base(cfg: Config, train: Split, folder: Path, device, stopping):
+    """Train the compact model from scratch and save it as a checkpoint that from_pretrained reads."""
+    rows = train.rows
+    settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": fingerprint(rows)}
+    if folder.exists():
+        return check_same(folder, settings, "base.json")
+    work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
+    check_same(work, settings, "base.json")
+    if not (work / "tokenizer.model").exists():
+        data.Tokenizer.train(rows, work / "unfinished.model")
+        os.rename(work / "unfinished.model", work / "tokenizer.model")
+    tokenizer, alphabet = data.Tokenizer(work / "tokenizer.model"), data.Alphabet.of(rows)
+    model = SpeechLM(SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id))
+    model = model.init_weights(cfg.base_seed).to(device)
+    print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.vocab_size}")
+
+    transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
+    spoken = [i for i, label in enumerate(transcripts) if label]
+    if spoken:
+        train_ctc(cfg, model, train, spoken, transcripts, work, stopping)
+    else:
+        print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
+    train_sft(cfg, model, tokenizer, train, work, stopping, freeze_encoder=bool(spoken))
+    model.save(work)
+    shutil.rmtree(work / "checkpoints")
+    os.rename(work, folder)
+
+
+def train_ctc(cfg, model, train, spoken, labels, folder, stopping):
+    """The encoder learns to spell; the loss is the mean of the last and the middle CTC head's, per character."""
+    encoder = model.encoder.train()
+    updater = Updater(encoder.parameters(), cfg)
+
+    def step(step):
+        batch = [spoken[i] for i in order(len(spoken), [cfg.base_seed, 1], step * cfg.base_batch, cfg.base_batch)]
+        mel, lengths = pad(train.mels(batch), model.device)
+        frames, middle = encoder(mel, lengths)
+        wanted = torch.cat([torch.tensor(labels[i]) for i in batch])
+        label_lengths = torch.tensor([len(labels[i]) for i in batch])
+        loss = 0
+        for logits in (encoder.out(frames), middle):
+            logp = logits.float().log_softmax(-1).transpose(0, 1)
+            loss = loss + 0.5 * F.ctc_loss(logp, wanted, lengths.cpu(), label_lengths, zero_infinity=True)
+        loss.backward()
+        lr = learning_rate(cfg, cfg.ctc_lr, step / cfg.ctc_steps)
+        return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
+
+    fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.optimizer, cfg, stopping, step)
+    encoder.eval()
+
+
+def train_sft(cfg, model, tokenizer, train, folder, stopping, freeze_encoder):
+    """Projector and decoder learn the targets, token by token, from encoder frames that are computed once."""
+    model.train()
+    trained = [model.projector, model.language_model] + ([] if freeze_encoder else [model.encoder])
+    if freeze_encoder:
+        model.encoder.eval().requires_grad_(False)
+        train.encode(model, cfg)
+    updater = Updater([p for module in trained for p in module.parameters()], cfg)
+    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
+    answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
+
+    def step(step):
+        batch = order(len(answers), [cfg.base_seed, 2], step * cfg.base_batch, cfg.base_batch)
+        if freeze_encoder:
+            x, lengths = pad(train.frames(batch), model.device)
+        else:
+            mel, lengths = pad(train.mels(batch), model.device)
+            x, _ = model.encoder(mel, lengths)
+        audio, counts = model.projector(x, lengths)
+        audio = [a[:n] for a, n in zip(audio, counts.tolist())]
+        tokens, answer_lengths = pad([answers[i] for i in batch], model.device)
+        logp = model.response_logp(model.embed_prompts([prompts[i] for i in batch], audio), tokens[:, None])[:, 0]
+        mask = torch.arange(tokens.shape[1], device=model.device) < answer_lengths[:, None]
+        loss = -(logp * mask).sum() / mask.sum()
+        loss.backward()
+        lr = learning_rate(cfg, cfg.sft_lr, step / cfg.sft_steps)
+        return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
+
+    fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.optimizer, cfg, stopping, step)
+    model.eval()
+
+
+def noise(seed: list[int], indices: list[int], K: int, T: int, device) -> torch.Tensor:
+    """(P, K, T) uniform numbers keyed by (seed, prompt, response): the same for whoever else is in the batch."""
+    rows = [[np.random.default_rng([*seed, i, k]).random(T, dtype=np.float32) for k in range(K)] for i in indices]
+    return torch.from_numpy(np.array(rows)).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def answer(model, tokenizer, split: Split, cfg: Config, temperature=0.0, top_p=1.0, seed=(0,), swapped=None) -> list[str]:
+    """One response per row; swapped: the row whose audio each row hears instead of its own."""
+    texts = []
+    for start in range(0, len(split.rows), 64):
+        indices = list(range(start, min(len(split.rows), start + 64)))
+        prompts = split.batch(model, indices, swapped and [swapped[i] for i in indices])
+        u = noise(list(seed), indices, 1, cfg.max_new_tokens, model.device)
+        rollout = model.sample(prompts, u, tokenizer.eos_id, temperature, top_p)
+        rows = zip(rollout.tokens[:, 0].tolist(), rollout.lengths[:, 0].tolist())
+        texts += [tokenizer.decode(tokens[:n]) for tokens, n in rows]
+    return texts
+
+
+def swap(rows: list[dict]) -> list[int]:
+    """For each row another with the same prompt, where there is one: what would be said if the audio were ignored?"""
+    by_prompt, other = {}, list(range(len(rows)))
+    for i, row in enumerate(rows):
+        by_prompt.setdefault(row["prompt"], []).append(i)
+    for group in by_prompt.values():
+        for i, j in zip(group, group[len(group) // 2 :] + group[: len(group) // 2]):
+            other[i] = j
+    return other
+
+
+def evaluate(model, tokenizer, split: Split, cfg: Config) -> dict:
+    """BLEU, exact match, mean reward and slot accuracy on a split; see the README for each figure's definition."""
+    rows, references = split.rows, [row["reference"] for row in split.rows]
+    greedy = answer(model, tokenizer, split, cfg)
+    passes = [answer(model, tokenizer, split, cfg, 0.9, 0.9, (cfg.base_seed, 3, p)) for p in tqdm(
+        range(cfg.eval_passes), desc="sampled passes over the test split", leave=False, disable=None)]  # fmt: skip
+    other = swap(rows)
+    result = {
+        "BLEU greedy": data.corpus_bleu(greedy, references, lowercase=True),
+        "BLEU sampled": float(np.mean([data.corpus_bleu(texts, references, lowercase=True) for texts in passes])),
+        "exact match %": 100 * float(np.mean([a == r for a, r in zip(greedy, references)])),
+        "mean reward x100": 100 * float(np.mean([data.reward(a, r) for t in passes for a, r in zip(t, rows)])),
+    }
+    if any("slots" in row for row in rows):
+        swapped = answer(model, tokenizer, split, cfg, swapped=other)
+        result["slots heard %"] = 100 * data.slot_accuracy(greedy, rows)
+        result["slots, audio swapped %"] = 100 * data.slot_accuracy(swapped, rows)
+        # What the swapped audio's own right answers would score: the level of not listening.
+        result["slots, chance %"] = 100 * data.slot_accuracy([references[j] for j in other], rows)
+    for group in sorted({row.get("group") for row in rows} - {None}):
+        chosen = [i for i, row in enumerate(rows) if row.get("group") == group]
+        pairs = [greedy[i] for i in chosen], [references[i] for i in chosen]
+        result[f"BLEU greedy, {group}"] = data.corpus_bleu(*pairs, lowercase=True)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method's loop: rollouts -> rewards -> credit -> update
+
+
+def credit(cfg: Config, tokens, lengths, surprisal, rewards):
+    """One prompt's (K, T) advantages and its fork statistics."""
+    boundaries = select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
+    forks = fork_stats(tokens, lengths, rewards, boundaries)
+    if cfg.algo == "grpo":
+        advantages = grpo_advantages(rewards, lengths, cfg.std_floor)
+        return F.pad(advantages, (0, tokens.shape[1] - advantages.shape[1])), forks
+    return leaf_advantages(
+        tokens, lengths, surprisal, rewards, terms=cfg.terms, multiplicity=cfg.multiplicity, boundaries=boundaries
+    ), forks
+
+
+def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validation: Split, folder, stopping):
+    """LoRA on the decoder, trained by LEAF or GRPO; one step is one rollout batch and its updates."""
+    parameters = lora_parameters(model)
+    updater = Updater(parameters.values(), cfg)
+    updates_per_step = cfg.prompts // cfg.update_prompts
+
+    def step(step):
+        # Rollouts: K responses to each prompt, from the model as it is now, LoRA on, dropout off.
+        model.eval()
+        began = time.perf_counter()
+        indices = order(len(train.rows), [cfg.seed, 4], step * cfg.prompts, cfg.prompts)
+        prompts = train.batch(model, indices)
+        u = noise([cfg.seed, 5, step], indices, cfg.responses, cfg.max_new_tokens, model.device)
+        rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
+        T = int(rollout.lengths.max())  # nothing after the longest response matters
+        tokens, mask, old_logp = rollout.tokens[..., :T], rollout.mask[..., :T], rollout.logp[..., :T]
+        sampled = time.perf_counter()
+
+        # Rewards: once per response, at its end.
+        tokens_host, lengths_host = tokens.cpu(), rollout.lengths.cpu()
+        surprisal_host = -rollout.logq[..., :T].cpu()
+        texts = [[tokenizer.decode(t[:n].tolist()) for t, n in zip(*group)] for group in zip(tokens_host, lengths_host)]
+        rewards = [[data.reward(text, train.rows[i]) for text in group] for i, group in zip(indices, texts)]
+
+        # Credit: per prompt, from the tree its own responses form.
+        before_credit = time.perf_counter()
+        credits = [credit(cfg, *group) for group in zip(tokens_host, lengths_host, surprisal_host, rewards)]
+        advantages = torch.stack([a for a, _ in credits]).to(model.device)
+        credit_seconds = time.perf_counter() - before_credit
+
+        # Update: some prompts per optimiser step, fewer per forward pass; the loss is a mean over responses.
+        with torch.no_grad(), lora_disabled(model):
+            chunks = torch.arange(cfg.prompts).split(cfg.micro_prompts)
+            ref_logp = torch.cat([model.response_logp(prompts[c], tokens[c]) for c in chunks])
+        if cfg.lora_dropout:
+            model.language_model.train()
+        all_stats = []
+        for n, update in enumerate(torch.arange(cfg.prompts).split(cfg.update_prompts)):
+            stats = {}
+            for c in update.split(cfg.micro_prompts):
+                logp = model.response_logp(prompts[c], tokens[c])
+                flat = (x[c].flatten(0, 1) for x in (old_logp, ref_logp, advantages, mask))  # (P * K, T)
+                loss, part = policy_loss(logp.flatten(0, 1), *flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
+                share = len(c) / len(update)
+                (loss * share).backward()
+                stats = {k: stats.get(k, 0) + share * v for k, v in part.items()}
+            lr = learning_rate(cfg, cfg.lr, (step * updates_per_step + n + 1) / (cfg.steps * updates_per_step))
+            stats = {k: v.item() for k, v in stats.items()}
+            all_stats.append({**stats, "grad_norm": updater.step(stats["loss"], lr), "lr": lr})
+        seconds = time.perf_counter() - began
+
+        forks = [fork for _, report in credits for fork in report]
+        metrics = {k: float(np.mean([s[k] for s in all_stats])) for k in all_stats[0]}
+        metrics |= {
+            "first_ratio_gap": all_stats[0]["ratio_gap"],  # sampler against scorer: rounding, before any update
+            "reward": float(np.mean(rewards)),
+            "reward_std": float(np.mean([np.std(group, ddof=1) if len(group) > 1 else 0 for group in rewards])),
+            "equal_rewards": float(np.mean([max(group) == min(group) for group in rewards])),
+            "response_length": float(lengths_host.float().mean()),
+            "ended": float((tokens_host.gather(2, lengths_host[..., None] - 1) == tokenizer.eos_id).float().mean()),
+            "fork_fire": float(np.mean([fork["fires"] for fork in forks])) if forks else 0.0,
+            "usable_fork_fire": float(np.mean([fork["usable"] for fork in forks])) if forks else 0.0,
+            "seconds": seconds,
+            "sampling_share": (sampled - began) / seconds,
+            "credit_share": credit_seconds / seconds,
+            "tokens_per_second": int(lengths_host.sum()) / seconds,
+        }
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+            model.eval()
+            greedy = answer(model, tokenizer, validation, cfg)
+            references = [row["reference"] for row in validation.rows]
+            metrics["validation_bleu"] = data.corpus_bleu(greedy, references, lowercase=True)
+        return metrics
+
+    fit("policy", folder, cfg.steps, parameters, updater.optimizer, cfg, stopping, step)
+    model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing it
+
+
+def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
+    """A response with each token on a background of its credit: green is praise, red is blame; numbers if no colour."""
+    out = []
+    for piece, a in zip(pieces, advantages):
+        if not colour:
+            out.append(f"{piece}[{a:+.1f}]")
+            continue
+        strength = min(2, int(abs(a) * 1.5))
+        shades = ((157, 120, 34) if a > 0 else (224, 217, 203)) if abs(a) > 0.05 else (255,) * 3  # 256-colour codes
+        out.append(f"\033[48;5;{shades[strength]}m\033[38;5;16m{piece}\033[0m")
+    return "".join(out).strip()
+
+
+def show_examples(title, model, tokenizer, split: Split, cfg: Config, count: int = 2):
+    """A few prompts: the reference, the greedy answer, and the best and worst of K responses shaded by their credit."""
+    K = max(2, cfg.responses)
+    indices = list(range(min(count, len(split.rows))))
+    prompts = split.batch(model, indices)
+    greedy = model.sample(prompts, noise([0], indices, 1, cfg.max_new_tokens, model.device), tokenizer.eos_id, 0.0)
+    u = noise([cfg.base_seed, 6], indices, K, cfg.max_new_tokens, model.device)
+    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
+    print(f"\n{title}")
+    for n, i in enumerate(indices):
+        row = split.rows[i]
+        tokens, lengths = rollout.tokens[n].cpu(), rollout.lengths[n].cpu()
+        texts = [tokenizer.decode(t[:m].tolist()) for t, m in zip(tokens, lengths)]
+        rewards = [data.reward(text, row) for text in texts]
+        advantages, _ = credit(cfg, tokens, lengths, -rollout.logq[n].cpu(), rewards)
+        print(f"  question   {row['prompt'].replace(data.AUDIO, '')}")
+        print(f"  reference  {row['reference']}")
+        print(f"  greedy     {tokenizer.decode(greedy.tokens[n, 0, : greedy.lengths[n, 0]].tolist())}")
+        for name, k in (("best of K", rewards.index(max(rewards))), ("worst of K", rewards.index(min(rewards)))):
+            ids = tokens[k, : lengths[k]].tolist()
+            shaded = shade(tokenizer.pieces(ids), advantages[k].tolist(), sys.stdout.isatty())
+            print(f"  {name:10} {shaded}  reward {rewards[k]:.2f}")
+
+
+def show_table(base: dict, trained: dict):
+    width = max(map(len, base))
+    print(f"\n{'test split':{width}} {'base':>9} {'trained':>9} {'difference':>11}")
+    for name, before in base.items():
+        print(f"{name:{width}} {before:9.2f} {trained[name]:9.2f} {trained[name] - before:+11.2f}")
+
+
+def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, reference: str, device):
+    """Answer a question about a recording with a trained run; with samples, show the responses as LEAF sees them."""
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds no finished run (no adapter/): name one with --out, or train it first")
+    saved = json.loads((folder / "config.json").read_text())
+    run = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
+    base = cfg.base_folder if cfg.base else Path(saved["base"])
+    model, tokenizer = SpeechLM.from_pretrained(base), data.Tokenizer(base / "tokenizer.model")
+    load_adapter(model, folder / "adapter")
+    model.eval().to(device)
+    row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
+    sound = project(model, encode(model, [data.log_mel(data.load_audio(row))]))
+    prompts = model.embed_prompts([tokenizer.encode_prompt(row["prompt"])], sound)
+    greedy = model.sample(prompts, noise([0], [0], 1, run.max_new_tokens, device), tokenizer.eos_id, 0.0)
+    print(tokenizer.decode(greedy.tokens[0, 0, : greedy.lengths[0, 0]].tolist()))
+    if not samples:
+        return
+    u = noise([cfg.seed, 7], [0], samples, run.max_new_tokens, device)
+    rollout = model.sample(prompts, u, tokenizer.eos_id, run.temperature, run.top_p)
+    tokens, lengths, surprisal = rollout.tokens[0].cpu(), rollout.lengths[0].cpu(), -rollout.logq[0].cpu()
+    rows = [t[:n].tolist() for t, n in zip(tokens, lengths)]
+    rewards = [data.reward(tokenizer.decode(ids), row) for ids in rows] if reference else None
+    boundaries = select_boundaries(surprisal, lengths, run.fork_budget, run.min_prefix)
+    nodes = build_tree(tokens, lengths, rewards or [0.0] * samples, boundaries)
+    advantages = None
+    if rewards:
+        advantages = leaf_advantages(tokens, lengths, surprisal, rewards, boundaries=boundaries).tolist()
+    print(f"boundaries {boundaries}")
+    print(format_tree([tokenizer.pieces(ids) for ids in rows], rewards, nodes, advantages))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def check_same(folder: Path, settings: dict, file: str):
+    """A folder belongs to one configuration: another one is refused with the difference shown, a new folder takes it."""
+    path = folder / file
+    if not path.exists():
+        write_json(path, settings)
+        return
+    there = json.loads(path.read_text())
+    different = [f"  {k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
+    if different:
+        raise UserError(
+            f"{folder} belongs to another configuration:\n" + "\n".join(different) + "\nChange the flags back, "
+            f"choose another folder with {'--base' if file == 'base.json' else '--out'}, or remove this one"
+        )
+
+
+def fingerprint(rows: list[dict]) -> str:
+    """Of the rows' content, so that neither a run nor a base is taken up again on other data."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for f in fields(Config):
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        shown = f"{text} (default: {f.default:.4g})" if isinstance(f.default, float) else f"{text} (default: {f.default!r})"
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
+        else:
+            kind = type(f.default)
+            parser.add_argument(name, type=kind, default=f.default, choices=Config.CHOICES.get(f.name), help=shown)
+    use = parser.add_argument_group("use a trained run")
+    use.add_argument("--ask", nargs=2, metavar=("AUDIO", "QUESTION"), help="answer a question about a recording")
+    use.add_argument("--samples", type=int, default=0, help="with --ask: sample so many responses, show their tree")
+    use.add_argument("--reference", default="", help="with --ask --samples: the right answer, for rewards and values")
+    args = vars(parser.parse_args(argv))
+    actions = {name: args.pop(name) for name in ("ask", "samples", "reference")}
+    return Config(**args), actions
+
+
+def main(argv=None):
+    cfg, actions = parse(argv)
+    device, folder, base_folder = pick_device(cfg.device), cfg.run_folder, cfg.base_folder
+    if actions["ask"]:
+        return ask(cfg, folder, *actions["ask"], actions["samples"], actions["reference"], device)
+    stopping = Stopping()
+    corpus = load_corpus(cfg)  # checked whole before anything is written
+    settings = {k: v for k, v in asdict(cfg).items() if k not in Config.FREE}
+    check_same(folder, settings | {"base": str(base_folder), "rows": fingerprint(corpus["train"])}, "config.json")
+    if (folder / "results.json").exists():
+        results = json.loads((folder / "results.json").read_text())
+        print(f"{folder} is finished; its results:")
+        return show_table(results["base"], results["trained"])
+    print(f"{cfg.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in corpus.items()) + f" rows; on {device}")
+
+    # Base: load it, or train it.
+    splits = {name: Split(name, rows, cfg) for name, rows in corpus.items()}
+    if not cfg.base or not base_folder.exists():  # a base chosen by hand is taken as it is
+        train_base(cfg, splits["train"], base_folder, device, stopping)
+    model, tokenizer = SpeechLM.from_pretrained(base_folder).eval(), data.Tokenizer(base_folder / "tokenizer.model")
+    model.to(device).language_model.to(pick_dtype(cfg.dtype, device))
+    for split in splits.values():
+        split.project(model, tokenizer, cfg)
+
+    # Measure it.
+    base_file = folder / "base.json"
+    if not base_file.exists():
+        write_json(base_file, evaluate(model, tokenizer, splits["test"], cfg))
+    base_result = json.loads(base_file.read_text())
+    show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
+
+    # Train LoRA on it.
+    torch.manual_seed(cfg.seed)
+    apply_lora(model, DECODER_TARGETS, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    trainable = sum(p.numel() for p in lora_parameters(model).values())
+    print(f"\n{cfg.algo.upper()}: {cfg.steps} steps of {cfg.prompts} prompts x {cfg.responses} responses, "
+          f"{trainable:,} LoRA parameters")  # fmt: skip
+    train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder, stopping)
+    save_adapter(model, folder / "adapter", cfg.lora_alpha, cfg.lora_dropout, base=str(base_folder))
+
+    # Measure again, and show.
+    result = evaluate(model, tokenizer, splits["test"], cfg)
+    show_examples("After", model, tokenizer, splits["test"], cfg)
+    write_json(folder / "results.json", {"config": asdict(cfg), "base": base_result, "trained": result})
+    show_table(base_result, result)
+    example = splits["test"].rows[0]
+    recording = example["audio"]
+    if isinstance(recording, dict):  # synthesised: leave one recording behind to ask about
+        recording = folder / "example.wav"
+        soundfile.write(recording, data.load_audio(example).numpy(), data.SAMPLE_RATE)
+    question = example["prompt"].replace(data.AUDIO, "")
+    print(f"""
+run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)
+base        {base_folder}
+ask it      python train.py --ask {recording} "{question}" --out {folder}
+its tree    ... --samples 8 --reference "{example['reference']}\"""")
+
+
+def load_corpus(cfg: Config) -> dict[str, list[dict]]:
+    sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
+    if not cfg.data:
+        return data.synthetic_corpus(cfg.task, sizes, cfg.base_seed)
+    corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows)
+    return corpus | {name: corpus[name][: sizes[name]] for name in ("validation", "test")}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
