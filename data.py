@@ -12,6 +12,7 @@ A corpus is a folder with train.jsonl, validation.jsonl and test.jsonl, one row 
 """
 
 import collections
+import io
 import json
 import math
 import re
@@ -182,6 +183,10 @@ class Cache:
     def __call__(self, indices: list[int]) -> list[torch.Tensor]:
         return [self.kept[i] if i < len(self.kept) else self.compute([i])[0] for i in indices]
 
+    def forget(self):
+        """Free the memory; what is asked for from now on is computed again."""
+        self.kept = []
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
@@ -196,15 +201,16 @@ class Tokenizer:
         self.eos_id, self.audio_id, self.answer_id = map(self.sp.piece_to_id, ("</s>", AUDIO, "<|answer|>"))
 
     @staticmethod
-    def train(rows: list[dict], model_file, vocab_size: int = 1000):
-        """Deterministic; characters never seen in training fall back to bytes."""
+    def train(rows: list[dict], vocab_size: int = 800) -> bytes:
+        """The model file. Deterministic; characters never seen in training fall back to bytes."""
         text = [t for row in rows for t in (row["prompt"].replace(AUDIO, " "), row["reference"], target(row))]
+        model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text), model_prefix=str(Path(model_file).with_suffix("")), vocab_size=vocab_size,
-            hard_vocab_limit=False, model_type="unigram", character_coverage=1.0, byte_fallback=True, bos_id=-1,
-            normalization_rule_name="identity", user_defined_symbols=[AUDIO, "<|answer|>"], num_threads=1,
-            minloglevel=2,
+            sentence_iterator=iter(text), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
+            model_type="bpe", character_coverage=1.0, byte_fallback=True, bos_id=-1, num_threads=1, minloglevel=2,
+            normalization_rule_name="identity", user_defined_symbols=[AUDIO, "<|answer|>"],
         )  # fmt: skip
+        return model.getvalue()
 
     def encode_prompt(self, prompt: str) -> list[int]:
         return self.sp.encode(prompt) + [self.answer_id]

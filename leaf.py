@@ -1,7 +1,4 @@
-"""LEAF: credit for the tokens of K sampled responses, from the prefix tree they already form.
-
-Gerogiannis, Yegorova, Hasegawa-Johnson, Veeravalli, "LEAF: Growing Trees Without Branching for Speech-Aware Large
-Language Model Post-Training", arXiv 2606.07610. This file is the method and nothing else; it needs torch only.
+"""LEAF: credit for the tokens of K sampled responses, from the prefix tree they already form (arXiv 2606.07610).
 
 GRPO scores each response once and gives that number to all of its tokens. LEAF uses the same K responses and the
 same K rewards, but looks back at where the responses part:
@@ -12,20 +9,15 @@ same K rewards, but looks back at where the responses part:
     4. span credit    global + local advantage of the node at which a span ends             leaf_advantages
     5. normalise      z-score over all (response, span) pairs; tokens inherit their span's  leaf_advantages
 
-Shapes: K responses padded to T tokens. `lengths` counts the end-of-sequence token where one was sampled; whatever
-stands past a response's length is never read. Inputs may be on any device: they are moved to the host once, and the
-tree is built there from plain Python numbers.
-
-Run `python leaf.py` for a worked example that can be checked by hand.
+Shapes: K responses padded to T tokens. `lengths` counts the end-of-sequence token where one was sampled; what stands
+past a response's length is never read. Inputs may be on any device; the tree is built on the host from plain numbers.
+This file is the method and nothing else. `python leaf.py` prints a worked example to check by hand.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 2: where do the responses part?
 
 
 @dataclass
@@ -48,25 +40,19 @@ def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int 
     surprisal: (K, T) float, -log q of each sampled token under the *sampling* distribution; lengths: (K,) int.
     A boundary at t means: the prefix is tokens 0..t-1 and the surprising token is token t.
     """
-    surprisal = torch.as_tensor(surprisal).cpu()
-    lengths = torch.as_tensor(lengths).cpu()
+    surprisal, lengths = torch.as_tensor(surprisal).cpu(), torch.as_tensor(lengths).cpu()
     first, last = max(1, min_prefix), int(lengths.max())  # candidates: first <= t < len(o_i)
-    if fork_budget < 1 or last <= first:
-        return []
     # A position can be kept once, so only the most surprised response at each position matters.
     ended = torch.arange(last) >= lengths[:, None]  # (K, last)
     peak = surprisal[:, :last].masked_fill(ended, -math.inf).amax(0)  # (last,)
-    # A stable sort leaves ties in order of position: the smaller one first.
-    ranked = peak[first:].sort(descending=True, stable=True).indices + first
+    ranked = peak[first:].sort(descending=True, stable=True).indices + first  # stable: ties keep the smaller t first
     return _keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
 
 
 def random_boundaries(lengths, fork_budget: int, generator=None, min_prefix: int = 1) -> list[int]:
     """Ablation: positions in uniformly random order instead of by surprisal, under the same separation rule."""
     first, last = max(1, min_prefix), max(_to_list(lengths))
-    if fork_budget < 1 or last <= first:
-        return []
-    shuffled = torch.randperm(last - first, generator=generator) + first
+    shuffled = torch.randperm(max(0, last - first), generator=generator) + first
     return _keep_apart(shuffled.tolist(), fork_budget, separation(lengths, fork_budget))
 
 
@@ -81,15 +67,9 @@ def _keep_apart(ranked: list[int], budget: int, distance: int) -> list[int]:
     """Walk down the ranking and keep what is at least `distance` from everything kept, until `budget` are kept."""
     kept: list[int] = []
     for t in ranked:
-        if all(abs(t - other) >= distance for other in kept):
+        if len(kept) < budget and all(abs(t - other) >= distance for other in kept):
             kept.append(t)
-            if len(kept) == budget:
-                break
     return sorted(kept)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 3: the tree
 
 
 def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
@@ -97,9 +77,10 @@ def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
 
     A response of length <= b has no more than its own tokens to compare, so it groups by all of them.
     """
-    rows, rewards = _responses(tokens, lengths), _to_list(rewards)
+    rewards = _to_list(rewards)
+    rows = [row[:n] for row, n in zip(_to_list(tokens), _to_list(lengths))]
     nodes = []
-    for b in sorted(boundaries):
+    for b in sorted(set(boundaries)):
         groups: dict[tuple, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(tuple(row[:b]), []).append(i)
@@ -107,10 +88,6 @@ def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
             if len(members) >= 2:  # singletons are not retained: alone, V(v) is just r_i
                 nodes.append(Node(b, members, sum(rewards[i] for i in members) / len(members)))
     return nodes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps 4 and 5: credit
 
 
 def span_credits(lengths, rewards, nodes: list[Node], terms: str = "both", multiplicity: bool = True):
@@ -138,22 +115,14 @@ def span_credits(lengths, rewards, nodes: list[Node], terms: str = "both", multi
 
 
 def leaf_advantages(
-    tokens,
-    lengths,
-    surprisal,
-    rewards,
-    fork_budget: int = 2,
-    terms: str = "both",
-    multiplicity: bool = True,
-    normalize: bool = True,
-    min_prefix: int = 1,
-    boundaries: list[int] | None = None,
-) -> torch.Tensor:
+    tokens, lengths, surprisal, rewards, fork_budget: int = 2, terms: str = "both", multiplicity: bool = True,
+    normalize: bool = True, min_prefix: int = 1, boundaries: list[int] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """LEAF's advantage of every token of one prompt's K responses: (K, T) float32, zero past each length.
 
-    tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float. The result is on the
-    tokens' device. terms ("both", "global", "local"), multiplicity and normalize switch off parts of the paper's
-    rule for ablations; boundaries, if given, replace the selected ones. Raises ValueError on a non-finite reward.
+    tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float. terms ("both", "global",
+    "local"), multiplicity and normalize switch off parts of the rule for ablations; boundaries, if given, replace the
+    selected ones. The result is on the tokens' device. Raises ValueError on a non-finite reward.
     """
     tokens, lengths, rewards = torch.as_tensor(tokens), _to_list(lengths), _to_list(rewards)
     if not all(map(math.isfinite, rewards)):
@@ -164,21 +133,12 @@ def leaf_advantages(
     if boundaries is None:
         boundaries = select_boundaries(surprisal, lengths, fork_budget, min_prefix)
     spans = span_credits(lengths, rewards, build_tree(tokens, lengths, rewards, boundaries), terms, multiplicity)
-    credits = [credit for *_, credit in spans]  # Python floats: float64
-    if normalize:
-        credits = _zscore(credits)
-    for (i, start, end, _), credit in zip(spans, credits):
+    credits = torch.tensor([credit for *_, credit in spans], dtype=torch.float64)
+    if normalize:  # step 5: a span shared by n responses is in the list n times; unbiased std; a lone pair gets 0
+        credits = (credits - credits.mean()) / (credits.std().clamp(min=1e-6) if len(credits) > 1 else 1)
+    for (i, start, end, _), credit in zip(spans, credits.tolist()):
         advantages[i, start:end] = credit
     return advantages.to(tokens.device)
-
-
-def _zscore(values: list[float]) -> list[float]:
-    """Step 5: unbiased standard deviation, floored at 1e-6. A span shared by n responses is in the list n times."""
-    if len(values) < 2:
-        return [0.0] * len(values)
-    mean = sum(values) / len(values)
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return [(v - mean) / max(std, 1e-6) for v in values]
 
 
 def grpo_advantages(rewards, lengths, std_floor: float = 1 / 3) -> torch.Tensor:
@@ -196,17 +156,12 @@ def grpo_advantages(rewards, lengths, std_floor: float = 1 / 3) -> torch.Tensor:
     return (credit[:, None] * mask).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The objective, the same for LEAF and GRPO
-
-
 def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, kl_coef: float = 0.02):
-    """Clipped policy gradient with the k3 estimate of the KL to the reference; returns (loss, stats).
+    """The objective of LEAF and GRPO alike: clipped policy gradient plus k3 estimate of the KL; returns (loss, stats).
 
-    All tensors (N, T): N responses of any number of prompts. logp, old_logp and ref_logp are log-probabilities of the
-    sampled tokens under the model's full softmax; mask is true on a response's tokens, its end-of-sequence token
-    included. The loss is the mean over a response's tokens, then the mean over responses, so that splitting a batch
-    into micro-batches and weighting each by its share of responses changes nothing.
+    All (N, T), N responses of any prompts: log-probabilities of the sampled tokens under the model's full softmax, and
+    a mask of each response's tokens, EOS included. Mean over a response's tokens, then over responses: micro-batches
+    weighted by their share of responses add up to the whole.
     """
     mask = mask.to(logp.dtype)
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)  # (N, T), sums to 1
@@ -231,50 +186,41 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, k
     return loss, stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forkability: is there anything for LEAF to use?
-
-
 def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
-    """For each selected boundary: does a fork fire there, and is it usable?
+    """Forkability: for each selected boundary, does a fork fire there, and is it usable?
 
     A fork fires when a group of two or more has a member that goes on past the boundary; it is usable when such a
     group also has different rewards inside. group_size and reward_spread are means over the retained groups.
     """
     lengths, rewards = _to_list(lengths), _to_list(rewards)
-    nodes = build_tree(tokens, lengths, rewards, boundaries)
-    report = []
-    for b in sorted(boundaries):
+    nodes, report = build_tree(tokens, lengths, rewards, boundaries), []
+    for b in sorted(set(boundaries)):
         groups = [node.members for node in nodes if node.boundary == b]
         spreads = [max(rewards[i] for i in g) - min(rewards[i] for i in g) for g in groups]
         going_on = [any(lengths[i] > b for i in g) for g in groups]
-        report.append({
-            "position": b,
-            "fires": any(going_on),
-            "usable": any(on and spread > 0 for on, spread in zip(going_on, spreads)),
-            "group_size": sum(map(len, groups)) / max(1, len(groups)),
-            "reward_spread": sum(spreads) / max(1, len(groups)),
-        })  # fmt: skip
+        usable = any(on and spread > 0 for on, spread in zip(going_on, spreads))
+        size, spread = (sum(x) / max(1, len(groups)) for x in (map(len, groups), spreads))
+        report.append(dict(position=b, fires=any(going_on), usable=usable, group_size=size, reward_spread=spread))
     return report
 
 
 def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=None) -> str:
     """The prefix tree as text. pieces: each response as a list of token strings; rewards may be None (no values)."""
-    lines = [f"root  n={len(pieces)}" + ("" if rewards is None else f"  V={sum(rewards) / len(rewards):.4f}")]
+    known = rewards is not None
+    lines = [f"root  n={len(pieces)}" + (f"  V={sum(rewards) / len(rewards):.4f}" if known else "")]
 
     def draw(members, start, level, indent):
-        # Groups only split as b grows, so this node's children are the retained nodes of later boundaries inside it.
+        # Groups only split as b grows: this node's children are the retained nodes of later boundaries inside it.
         pending = list(members)
-        for depth in range(level, len(nodes)):
-            node = nodes[depth]
+        for depth, node in enumerate(nodes[level:], start=level):
             if set(node.members) <= set(pending):
                 text = "".join(pieces[node.members[0]][start : node.boundary])
-                value = "" if rewards is None else f"  V={node.value:.4f}"
+                value = f"  V={node.value:.4f}" if known else ""
                 lines.append(f"{indent}+- {text!r}  t={node.boundary}  n={len(node.members)}{value}")
                 draw(node.members, node.boundary, depth + 1, indent + "|  ")
                 pending = [i for i in pending if i not in node.members]
         for i in pending:
-            reward = "" if rewards is None else f"  r={rewards[i]:.4f}"
+            reward = f"  r={rewards[i]:.4f}" if known else ""
             lines.append(f"{indent}o- {''.join(pieces[i][start:])!r}  response {i + 1}{reward}")
 
     draw(range(len(pieces)), 0, 0, "")
@@ -289,23 +235,16 @@ def _to_list(x) -> list:
     return x.tolist() if isinstance(x, torch.Tensor) else list(x)
 
 
-def _responses(tokens, lengths) -> list[list[int]]:
-    return [row[:n] for row, n in zip(_to_list(tokens), _to_list(lengths))]
-
-
 if __name__ == "__main__":
     # Three responses to one prompt; E ends a response. The first is good and leaves the others at its third token.
-    pieces = [list("abcdE"), list("abE"), list("abE")]
-    rewards = [1.0, 0.2, 0.2]
-    vocabulary = "abcdE"
-    tokens = torch.tensor([[vocabulary.index(p) for p in row] + [0] * (5 - len(row)) for row in pieces])
-    lengths = torch.tensor([5, 3, 3])
-    surprisal = torch.tensor([[0.1, 0.1, 2.0, 0.3, 3.0], [0.1, 0.1, 0.4, 0, 0], [0.1, 0.1, 0.4, 0, 0]])
+    pieces, rewards, lengths = [list("abcdE"), list("abE"), list("abE")], [1.0, 0.2, 0.2], [5, 3, 3]
+    tokens = [["abcdE".index(p) for p in row] + [0] * (5 - len(row)) for row in pieces]
+    surprisal = [[0.1, 0.1, 2.0, 0.3, 3.0], [0.1, 0.1, 0.4, 0, 0], [0.1, 0.1, 0.4, 0, 0]]
     boundaries = select_boundaries(surprisal, lengths, fork_budget=2)
     nodes = build_tree(tokens, lengths, rewards, boundaries)
-    print(f"boundaries {boundaries} (at least {separation(lengths, 2)} apart)")
+    print(f"boundaries {boundaries}")
     print(format_tree(pieces, rewards, nodes, leaf_advantages(tokens, lengths, surprisal, rewards).tolist()))
-    print("raw span credit (GA + LA) / sqrt n, and the tails':")
+    print("raw credit of each span, (GA + LA) / sqrt(n), before the z-score:")
     for i, start, end, credit in span_credits(lengths, rewards, nodes):
         print(f"  response {i + 1}  [{start}, {end})  {''.join(pieces[i][start:end]):4} {credit:+.5f}")
-    print("GRPO gives every token of a response the same:", [f"{a:+.5f}" for a in grpo_advantages(rewards, lengths)[:, 0]])
+    print("GRPO, for all tokens of a response:", [round(a, 5) for a in grpo_advantages(rewards, lengths)[:, 0].tolist()])

@@ -111,8 +111,8 @@ class SpeechConfig:
             ProjectorConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=4, intermediate_size=192,
                             encoder_hidden_size=96),
             TextConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                       num_attention_heads=4, num_key_value_heads=2, embedding_multiplier=6.0,
-                       attention_multiplier=1 / 32**0.5, residual_multiplier=0.5, logits_scaling=4.0),
+                       num_attention_heads=4, num_key_value_heads=2, embedding_multiplier=12.0,
+                       attention_multiplier=1 / 32**0.5, residual_multiplier=0.5, logits_scaling=1.0),
             audio_token_index=audio_token_index,
         )  # fmt: skip
 

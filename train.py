@@ -11,6 +11,7 @@ evaluate -> LoRA -> rollouts, rewards, credit, update -> evaluate. Ctrl-C saves;
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -51,25 +52,25 @@ class Config:
     data: str = flag("", "folder of a corpus with train.jsonl, validation.jsonl and test.jsonl; replaces --task")
     skip_bad_rows: bool = flag(False, "go on without the rows of --data that fail the check")
     max_audio_seconds: float = flag(30.0, "longest recording accepted")
-    train_rows: int = flag(3000, "synthetic rows to train on")
+    train_rows: int = flag(2000, "synthetic rows to train on")
     validation_rows: int = flag(96, "synthetic validation rows; of --data at most so many are used")
     test_rows: int = flag(300, "synthetic test rows; of --data at most so many are used")
     # base model
     base: str = flag("", "folder of the base model; default: beside the run, shared by runs; trained if not there")
     base_seed: int = flag(0, "seed of the base model and of the synthetic data")
-    ctc_steps: int = flag(400, "steps of CTC training of the encoder")
+    ctc_steps: int = flag(120, "steps of CTC training of the encoder")
     ctc_lr: float = flag(3e-3, "its learning rate")
-    sft_steps: int = flag(500, "steps of next-token training of projector and decoder")
+    sft_steps: int = flag(350, "steps of next-token training of projector and decoder")
     sft_lr: float = flag(3e-3, "its learning rate")
     base_batch: int = flag(32, "rows per step, in both")
     # policy optimisation
     algo: str = flag("leaf", "credit: leaf or grpo")
-    steps: int = flag(300, "rollout batches")
+    steps: int = flag(400, "rollout batches")
     prompts: int = flag(8, "prompts per rollout batch (paper: 6)")
     responses: int = flag(8, "K, responses per prompt")
     update_prompts: int = flag(4, "prompts, with all their responses, per optimiser step (paper: about 1)")
     micro_prompts: int = flag(4, "prompts per forward pass; changes memory and not the result")
-    lr: float = flag(1.5e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
+    lr: float = flag(2e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
     final_lr: float = flag(0.1, "share of the peak learning rate at the end of the cosine")
     clip: float = flag(0.2, "epsilon of the clipped ratio")
@@ -104,6 +105,11 @@ class Config:
                "dtype": ("auto", "float32", "bfloat16")}  # fmt: skip
     # May change between a run and its resumption; everything else is what the run is.
     FREE = ("out", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
+    LEAST = dict.fromkeys(
+        ("train_rows", "validation_rows", "test_rows", "ctc_steps", "sft_steps", "base_batch", "steps", "prompts",
+         "responses", "update_prompts", "micro_prompts", "max_new_tokens", "lora_r", "eval_passes", "save_every",
+         "min_prefix"), 1,
+    ) | {"fork_budget": 0, "eval_every": 0, "seed": 0, "base_seed": 0}  # fmt: skip
     # What the base model depends on
     BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps",
             "sft_lr", "base_batch")  # fmt: skip
@@ -129,18 +135,22 @@ class UserError(Exception):
 # Never lose work: checkpoints, and a loop that goes on where it stopped
 
 
-class Stopping:
-    """Ctrl-C and SIGTERM ask a training loop to save and leave; anywhere else, or twice, they stop at once."""
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM are noted for the loop to save and leave; a second one stops at once."""
+    received = []
 
-    def __init__(self):
-        self.signal, self.in_loop = None, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.signal is not None or not self.in_loop:
+    def note(number, frame):
+        if received:
             raise SystemExit(128 + number)
-        self.signal = number
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_json(path: Path, value):
@@ -191,37 +201,32 @@ def load_checkpoint(folder: Path, named: dict[str, torch.Tensor], optimizer) -> 
     return json.loads((found[-1] / "state.json").read_text())["step"]
 
 
-def fit(stage: str, folder: Path, steps: int, named: dict[str, torch.Tensor], optimizer, cfg: Config, stopping, step_fn):
+def fit(stage: str, folder: Path, steps: int, named: dict[str, torch.Tensor], optimizer, cfg: Config, seed: int, step_fn):
     """Call step_fn(step) -> metrics for every step; log a line each, save, resume.
 
-    Everything random inside a step is seeded by (seed, stage, step), so that a resumed run repeats nothing and
-    misses nothing: parameters, moments and the step number are all the state there is.
+    Everything random inside a step is keyed by (seed, step), so parameters, moments and the step number are all the
+    state there is: a resumed run repeats nothing and misses nothing.
     """
     log_file, checkpoints = folder / f"{stage}.jsonl", folder / "checkpoints" / stage
-    start = load_checkpoint(checkpoints, named, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
+    start = load_checkpoint(checkpoints, named, optimizer)
     lines = log_file.read_bytes().splitlines(keepends=True) if log_file.exists() else []
-    log_file.write_bytes(b"".join(lines[:start]))  # one line a step: lines past the checkpoint will be written again
-    stopping.in_loop = True
-    with open(log_file, "a", encoding="utf-8") as log, tqdm(
-        total=steps, initial=start, desc=stage, disable=None, mininterval=0.5
-    ) as bar:
+    log_file.write_bytes(b"".join(lines[:start]))  # one line a step: what lies past the checkpoint comes again
+    bar = tqdm(total=steps, initial=start, desc=stage, disable=None, mininterval=0.5)
+    with stop_requests() as stop, open(log_file, "a", encoding="utf-8") as log, bar:
         for step in range(start, steps):
-            torch.manual_seed(int(np.random.default_rng([cfg.seed, cfg.base_seed, len(stage), step]).integers(2**31)))
+            torch.manual_seed(int(np.random.default_rng([seed, step]).integers(2**31)))  # dropout
             metrics = step_fn(step)
             log.write(json.dumps({"step": step + 1, **metrics}) + "\n")
             log.flush()
             bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss", "reward", "kl") if k in metrics}, refresh=False)
             bar.update()
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stopping.signal is not None:
-                log.flush()
+            if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stop:
                 os.fsync(log.fileno())
                 save_checkpoint(checkpoints, step + 1, named, optimizer)
-            if stopping.signal is not None:
-                bar.close()
-                print(f"saved {checkpoints} at step {step + 1} of {steps}; the same command goes on from there")
-                raise SystemExit(128 + stopping.signal)
-    stopping.in_loop = False
+            if stop:
+                tqdm.write(f"saved step {step + 1} of {steps} in {checkpoints}; the same command goes on from there")
+                raise SystemExit(128 + stop[0])
 
 
 def learning_rate(cfg: Config, peak: float, progress: float) -> float:
@@ -267,22 +272,24 @@ def order(n: int, seed: list[int], start: int, count: int) -> list[int]:
 
 class Split:
     def __init__(self, name: str, rows: list[dict], cfg: Config):
-        self.name, self.rows, self.frames = name, rows, None
-        self.mels = self.cache(cfg, "hearing", lambda indices: [data.log_mel(data.load_audio(rows[i])) for i in indices])
+        self.name, self.rows, self.cfg, self.frames = name, rows, cfg, None
+        self.mels = self.cache("hearing", lambda indices: [data.log_mel(data.load_audio(rows[i])) for i in indices])
 
-    def cache(self, cfg: Config, doing: str, compute) -> data.Cache:
-        return data.Cache(compute, len(self.rows), cfg.cache_gb, f"{doing} {len(self.rows)} {self.name} rows")
+    def cache(self, doing: str, compute) -> data.Cache:
+        return data.Cache(compute, len(self.rows), self.cfg.cache_gb, f"{doing} {len(self.rows)} {self.name} rows")
 
-    def encode(self, model: SpeechLM, cfg: Config):
+    def encode(self, model: SpeechLM):
         """Pass everything through the encoder, which is frozen from here on."""
         if self.frames is None:
-            self.frames = self.cache(cfg, "encoding", lambda indices: encode(model, self.mels(indices)))
+            self.frames = self.cache("encoding", lambda indices: encode(model, self.mels(indices)))
+            self.mels.forget()
 
-    def project(self, model: SpeechLM, tokenizer, cfg: Config):
+    def project(self, model: SpeechLM, tokenizer):
         """And through the projector, frozen too: what is left for RL is embeddings in, text out."""
-        self.encode(model, cfg)
+        self.encode(model)
         self.prompts = [tokenizer.encode_prompt(row["prompt"]) for row in self.rows]
-        self.sounds = self.cache(cfg, "projecting", lambda indices: project(model, self.frames(indices)))
+        self.sounds = self.cache("projecting", lambda indices: project(model, self.frames(indices)))
+        self.frames.forget()
 
     def batch(self, model: SpeechLM, indices: list[int], sounds_of: list[int] | None = None):
         """Prompts of the rows at indices, optionally with other rows' audio."""
@@ -315,7 +322,7 @@ def project(model: SpeechLM, frames: list[torch.Tensor]) -> list[torch.Tensor]:
 # The base model, made as Granite Speech was: CTC on the encoder; freeze it; next-token on projector and decoder
 
 
-def train_base(cfg: Config, train: Split, folder: Path, device, stopping):
+def train_base(cfg: Config, train: Split, folder: Path, device):
     """Train the compact model from scratch and save it as a checkpoint that from_pretrained reads."""
     rows = train.rows
     settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": fingerprint(rows)}
@@ -323,9 +330,7 @@ def train_base(cfg: Config, train: Split, folder: Path, device, stopping):
         return check_same(folder, settings, "base.json")
     work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
     check_same(work, settings, "base.json")
-    if not (work / "tokenizer.model").exists():
-        data.Tokenizer.train(rows, work / "unfinished.model")
-        os.rename(work / "unfinished.model", work / "tokenizer.model")
+    (work / "tokenizer.model").write_bytes(data.Tokenizer.train(rows))
     tokenizer, alphabet = data.Tokenizer(work / "tokenizer.model"), data.Alphabet.of(rows)
     model = SpeechLM(SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id))
     model = model.init_weights(cfg.base_seed).to(device)
@@ -334,16 +339,16 @@ def train_base(cfg: Config, train: Split, folder: Path, device, stopping):
     transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
     spoken = [i for i, label in enumerate(transcripts) if label]
     if spoken:
-        train_ctc(cfg, model, train, spoken, transcripts, work, stopping)
+        train_ctc(cfg, model, train, spoken, transcripts, work)
     else:
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
-    train_sft(cfg, model, tokenizer, train, work, stopping, freeze_encoder=bool(spoken))
+    train_sft(cfg, model, tokenizer, train, work, freeze_encoder=bool(spoken))
     model.save(work)
     shutil.rmtree(work / "checkpoints")
     os.rename(work, folder)
 
 
-def train_ctc(cfg, model, train, spoken, labels, folder, stopping):
+def train_ctc(cfg, model, train, spoken, labels, folder):
     """The encoder learns to spell; the loss is the mean of the last and the middle CTC head's, per character."""
     encoder = model.encoder.train()
     updater = Updater(encoder.parameters(), cfg)
@@ -362,17 +367,17 @@ def train_ctc(cfg, model, train, spoken, labels, folder, stopping):
         lr = learning_rate(cfg, cfg.ctc_lr, step / cfg.ctc_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
-    fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.optimizer, cfg, stopping, step)
+    fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.optimizer, cfg, cfg.base_seed, step)
     encoder.eval()
 
 
-def train_sft(cfg, model, tokenizer, train, folder, stopping, freeze_encoder):
+def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
     """Projector and decoder learn the targets, token by token, from encoder frames that are computed once."""
     model.train()
     trained = [model.projector, model.language_model] + ([] if freeze_encoder else [model.encoder])
     if freeze_encoder:
         model.encoder.eval().requires_grad_(False)
-        train.encode(model, cfg)
+        train.encode(model)
     updater = Updater([p for module in trained for p in module.parameters()], cfg)
     prompts = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
     answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
@@ -394,7 +399,7 @@ def train_sft(cfg, model, tokenizer, train, folder, stopping, freeze_encoder):
         lr = learning_rate(cfg, cfg.sft_lr, step / cfg.sft_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
-    fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.optimizer, cfg, stopping, step)
+    fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.optimizer, cfg, cfg.base_seed, step)
     model.eval()
 
 
@@ -474,7 +479,7 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards):
     ), forks
 
 
-def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validation: Split, folder, stopping):
+def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validation: Split, folder):
     """LoRA on the decoder, trained by LEAF or GRPO; one step is one rollout batch and its updates."""
     parameters = lora_parameters(model)
     updater = Updater(parameters.values(), cfg)
@@ -546,9 +551,15 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validati
             greedy = answer(model, tokenizer, validation, cfg)
             references = [row["reference"] for row in validation.rows]
             metrics["validation_bleu"] = data.corpus_bleu(greedy, references, lowercase=True)
+            tqdm.write(
+                "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  "
+                "clipped {clip_fraction:.3f}  ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  "
+                "equal rewards {equal_rewards:.2f}  usable forks {usable_fork_fire:.2f}  "
+                "{tokens_per_second:.0f} tokens/s".format(step=step + 1, **metrics)
+            )
         return metrics
 
-    fit("policy", folder, cfg.steps, parameters, updater.optimizer, cfg, stopping, step)
+    fit("policy", folder, cfg.steps, parameters, updater.optimizer, cfg, cfg.seed, step)
     model.eval()
 
 
@@ -688,7 +699,17 @@ def parse(argv):
     use.add_argument("--reference", default="", help="with --ask --samples: the right answer, for rewards and values")
     args = vars(parser.parse_args(argv))
     actions = {name: args.pop(name) for name in ("ask", "samples", "reference")}
-    return Config(**args), actions
+    if (actions["samples"] or actions["reference"]) and not actions["ask"]:
+        parser.error("--samples and --reference go with --ask")
+    cfg = Config(**args)
+    for name, least in Config.LEAST.items():
+        if getattr(cfg, name) < least:
+            parser.error(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    if cfg.prompts % cfg.update_prompts:
+        parser.error(f"prompts ({cfg.prompts}) must be a multiple of update_prompts ({cfg.update_prompts})")
+    if not 0 < cfg.top_p <= 1 or cfg.temperature <= 0:
+        parser.error(f"top_p must lie in (0, 1] and temperature above 0, not {cfg.top_p} and {cfg.temperature}")
+    return cfg, actions
 
 
 def main(argv=None):
@@ -696,7 +717,6 @@ def main(argv=None):
     device, folder, base_folder = pick_device(cfg.device), cfg.run_folder, cfg.base_folder
     if actions["ask"]:
         return ask(cfg, folder, *actions["ask"], actions["samples"], actions["reference"], device)
-    stopping = Stopping()
     corpus = load_corpus(cfg)  # checked whole before anything is written
     settings = {k: v for k, v in asdict(cfg).items() if k not in Config.FREE}
     check_same(folder, settings | {"base": str(base_folder), "rows": fingerprint(corpus["train"])}, "config.json")
@@ -709,11 +729,11 @@ def main(argv=None):
     # Base: load it, or train it.
     splits = {name: Split(name, rows, cfg) for name, rows in corpus.items()}
     if not cfg.base or not base_folder.exists():  # a base chosen by hand is taken as it is
-        train_base(cfg, splits["train"], base_folder, device, stopping)
+        train_base(cfg, splits["train"], base_folder, device)
     model, tokenizer = SpeechLM.from_pretrained(base_folder).eval(), data.Tokenizer(base_folder / "tokenizer.model")
     model.to(device).language_model.to(pick_dtype(cfg.dtype, device))
     for split in splits.values():
-        split.project(model, tokenizer, cfg)
+        split.project(model, tokenizer)
 
     # Measure it.
     base_file = folder / "base.json"
@@ -728,7 +748,7 @@ def main(argv=None):
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     print(f"\n{cfg.algo.upper()}: {cfg.steps} steps of {cfg.prompts} prompts x {cfg.responses} responses, "
           f"{trainable:,} LoRA parameters")  # fmt: skip
-    train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder, stopping)
+    train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder)
     save_adapter(model, folder / "adapter", cfg.lora_alpha, cfg.lora_dropout, base=str(base_folder))
 
     # Measure again, and show.
@@ -763,3 +783,5 @@ if __name__ == "__main__":
     except (UserError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside the training loops there is nothing to save
+        sys.exit(130)
