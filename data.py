@@ -12,6 +12,7 @@ A corpus is a folder with train.jsonl, validation.jsonl and test.jsonl, one row 
 """
 
 import collections
+import hashlib
 import io
 import json
 import math
@@ -102,6 +103,17 @@ def slot_accuracy(answers: list[str], rows: list[dict]) -> float:
             found += any(option in words for option in slot.lower().split("|"))
             total += 1
     return found / total if total else math.nan
+
+
+def swap(rows: list[dict]) -> list[int]:
+    """For each row another with the same prompt, where there is one: what would be said if the audio were ignored?"""
+    by_prompt, other = {}, list(range(len(rows)))
+    for i, row in enumerate(rows):
+        by_prompt.setdefault(row["prompt"], []).append(i)
+    for group in by_prompt.values():
+        for i, j in zip(group, group[len(group) // 2 :] + group[: len(group) // 2]):
+            other[i] = j
+    return other
 
 
 def reward(answer: str, row: dict) -> float:
@@ -280,6 +292,12 @@ def load_corpus(folder, max_seconds: float, skip_bad_rows: bool = False) -> dict
     return splits
 
 
+def fingerprint(rows: list[dict]) -> str:
+    """Of the rows' content, wherever their folder lies: neither a run nor a base is taken up again on other data."""
+    rows = [row | {"audio": Path(row["audio"]).name} if isinstance(row["audio"], str) else row for row in rows]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_row(line: bytes, folder: Path, max_seconds: float) -> dict:
     """One line of a manifest as a row with an absolute audio path. Raises DataError with the reason."""
     try:
@@ -316,6 +334,50 @@ def check_row(line: bytes, folder: Path, max_seconds: float) -> dict:
     if seconds > max_seconds:
         raise DataError(f"{path} lasts {seconds:.1f} s; the limit is --max-audio-seconds {max_seconds:g}")
     return {**row, "audio": str(path)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A split of the corpus, heard once: audio -> log-mels -> encoder frames -> audio embeddings
+
+
+class Split:
+    """Rows and what the model hears of them."""
+
+    def __init__(self, name: str, rows: list[dict], gigabytes: float):
+        self.name, self.rows, self.gigabytes, self.frames = name, rows, gigabytes, None
+        self.mels = self.cache("hearing", lambda indices: [log_mel(load_audio(rows[i])) for i in indices])
+
+    def cache(self, doing: str, compute) -> Cache:
+        return Cache(compute, len(self.rows), self.gigabytes, f"{doing} {len(self.rows)} {self.name} rows")
+
+    def encode(self, model):
+        """Pass everything through the encoder, which is frozen from here on."""
+        if self.frames is None:
+            self.frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
+            self.mels.forget()
+
+    def project(self, model, tokenizer):
+        """And through the projector, frozen too: what is left for RL is embeddings in, text out."""
+        self.encode(model)
+        self.prompts = [tokenizer.encode_prompt(row["prompt"]) for row in self.rows]
+        self.sounds = self.cache("projecting", lambda indices: model.project(self.frames(indices)))
+        self.frames.forget()
+
+    def batch(self, model, indices: list[int], sounds_of: list[int] | None = None):
+        """Prompts of the rows at indices, optionally with other rows' audio."""
+        return model.embed_prompts([self.prompts[i] for i in indices], self.sounds(sounds_of or indices))
+
+
+def order(n: int, seed: list[int], start: int, count: int) -> list[int]:
+    """Items start .. start + count - 1 of an endless sequence of shuffled passes over n rows."""
+    passes = {e: np.random.default_rng([*seed, e]).permutation(n) for e in {start // n, (start + count - 1) // n}}
+    return [int(passes[i // n][i % n]) for i in range(start, start + count)]
+
+
+def noise(seed: list[int], indices: list[int], K: int, T: int, device) -> torch.Tensor:
+    """(P, K, T) uniform numbers keyed by (seed, prompt, response): the same for whoever else is in the batch."""
+    rows = [[np.random.default_rng([*seed, i, k]).random(T, dtype=np.float32) for k in range(K)] for i in indices]
+    return torch.from_numpy(np.array(rows)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +495,8 @@ def _answer(question: int, content, choice) -> tuple[str, list[str]]:
     name, verb, number, colour, thing, place, day = content
     determiner, where = choice(DETERMINERS, 4), f"{choice(PREPOSITIONS, 5)} the {place}"
     if question == 0:
-        text = f"{name} {choice(VERB_WORDS[verb], 0)} {determiner} {number} {colour} {thing} {where} {choice(DAY_WORDS, 6)} {day}."
+        what = f"{choice(VERB_WORDS[verb], 0)} {determiner} {number} {colour} {thing}"
+        text = f"{name} {what} {where} {choice(DAY_WORDS, 6)} {day}."
         return text, [name, "|".join(VERB_WORDS[verb]), number, colour, thing, place, day]
     if question == 1:
         text = f"{determiner.capitalize()} {number} {colour} {thing} {choice(WERE, 3)} {where}."

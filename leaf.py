@@ -247,4 +247,4 @@ if __name__ == "__main__":
     print("raw credit of each span, (GA + LA) / sqrt(n), before the z-score:")
     for i, start, end, credit in span_credits(lengths, rewards, nodes):
         print(f"  response {i + 1}  [{start}, {end})  {''.join(pieces[i][start:end]):4} {credit:+.5f}")
-    print("GRPO, for all tokens of a response:", [round(a, 5) for a in grpo_advantages(rewards, lengths)[:, 0].tolist()])
+    print("GRPO, all tokens of a response:", [round(a, 5) for a in grpo_advantages(rewards, lengths)[:, 0].tolist()])

@@ -158,11 +158,11 @@ def load_adapter(model: nn.Module, folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     targets = config["target_modules"]
-    names = apply_lora(model, targets, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    apply_lora(model, targets, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     wanted = {_peft_key(name): p for name, p in lora_parameters(model).items()}
     if wanted.keys() != tensors.keys():
         missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        raise ValueError(f"{folder}: tensors missing {missing[:3]}, unknown {unknown[:3]} ({len(names)} layers adapted)")
+        raise ValueError(f"{folder}: tensors missing {missing[:3]}, unknown {unknown[:3]}")
     with torch.no_grad():
         for key, parameter in wanted.items():
             if parameter.shape != tensors[key].shape:

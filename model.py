@@ -529,6 +529,22 @@ class SpeechLM(nn.Module):
         self.projector.query.data.normal_(0, 1, generator=generator)
         return self
 
+    # ---- audio, once it is frozen
+
+    @torch.no_grad()
+    def encode(self, mels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Log-mels (T, 160) -> encoder frames (T, C) each."""
+        mel, lengths = pad(mels, self.device)
+        frames, _ = self.encoder(mel.to(self.projector.query.dtype), lengths)
+        return [f[:n].clone() for f, n in zip(frames, lengths.tolist())]
+
+    @torch.no_grad()
+    def project(self, frames: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Encoder frames (T, C) -> audio embeddings (N, C_text) each."""
+        frames, lengths = pad(frames, self.device)
+        audio, counts = self.projector(frames.to(self.projector.query.dtype), lengths)
+        return [a[:n].clone() for a, n in zip(audio, counts.tolist())]
+
     # ---- prompts
 
     def embed_prompts(self, prompt_ids: list[list[int]], audio: list[torch.Tensor]) -> Prompts:
@@ -618,6 +634,12 @@ class SpeechLM(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {error}") from None
         return model
+
+
+def pad(tensors: list[torch.Tensor], device):
+    """Ragged (n, ...) tensors -> (B, n_max, ...) with zeros, lengths (B,)."""
+    lengths = torch.tensor([len(t) for t in tensors], device=device)
+    return torch.nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True), lengths
 
 
 def prompt_positions(valid):

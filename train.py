@@ -12,10 +12,10 @@ evaluate -> LoRA -> rollouts, rewards, credit, update -> evaluate. Ctrl-C saves;
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -31,24 +31,23 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
-from leaf import (
-    build_tree, fork_stats, format_tree, grpo_advantages, leaf_advantages, policy_loss, select_boundaries,
-)  # fmt: skip
+import leaf
 from lora import DECODER_TARGETS, apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
-from model import SpeechConfig, SpeechLM
+from model import SpeechConfig, SpeechLM, pad
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, choices=None, least=1):
+    """A field that is a flag; least is the smallest value of a whole number."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 @dataclass
 class Config:
     # data
-    task: str = flag("qa", "synthetic task: qa or translation")
+    task: str = flag("qa", "synthetic task", ("qa", "translation"))
     data: str = flag("", "folder of a corpus with train.jsonl, validation.jsonl and test.jsonl; replaces --task")
     skip_bad_rows: bool = flag(False, "go on without the rows of --data that fail the check")
     max_audio_seconds: float = flag(30.0, "longest recording accepted")
@@ -57,14 +56,14 @@ class Config:
     test_rows: int = flag(300, "synthetic test rows; of --data at most so many are used")
     # base model
     base: str = flag("", "folder of the base model; default: beside the run, shared by runs; trained if not there")
-    base_seed: int = flag(0, "seed of the base model and of the synthetic data")
+    base_seed: int = flag(0, "seed of the base model and of the synthetic data", least=0)
     ctc_steps: int = flag(120, "steps of CTC training of the encoder")
     ctc_lr: float = flag(3e-3, "its learning rate")
-    sft_steps: int = flag(350, "steps of next-token training of projector and decoder")
+    sft_steps: int = flag(400, "steps of next-token training of projector and decoder")
     sft_lr: float = flag(3e-3, "its learning rate")
     base_batch: int = flag(32, "rows per step, in both")
     # policy optimisation
-    algo: str = flag("leaf", "credit: leaf or grpo")
+    algo: str = flag("leaf", "how credit is assigned", ("leaf", "grpo"))
     steps: int = flag(400, "rollout batches")
     prompts: int = flag(8, "prompts per rollout batch (paper: 6)")
     responses: int = flag(8, "K, responses per prompt")
@@ -80,9 +79,9 @@ class Config:
     top_p: float = flag(0.9, "of the rollouts")
     max_new_tokens: int = flag(32, "longest response (paper: 200)")
     # LEAF
-    fork_budget: int = flag(2, "B, boundaries per prompt")
+    fork_budget: int = flag(2, "B, boundaries per prompt", least=0)
     min_prefix: int = flag(1, "earliest boundary")
-    terms: str = flag("both", "advantage terms: both, global or local")
+    terms: str = flag("both", "advantage terms", ("both", "global", "local"))
     multiplicity: bool = flag(True, "divide a shared span's credit by the root of how many share it")
     # GRPO
     std_floor: float = flag(1 / 3, "least reward std to divide by (the authors' 1/3; 0: plain GRPO)")
@@ -91,25 +90,18 @@ class Config:
     lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
     lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
     # evaluation
-    eval_every: int = flag(50, "steps between greedy evaluations on the validation split")
+    eval_every: int = flag(50, "steps between greedy evaluations on the validation split; 0: never", least=0)
     eval_passes: int = flag(5, "sampled passes over the test split, at temperature 0.9 and top-p 0.9")
     # run
-    seed: int = flag(0, "of rollouts, data order and LoRA")
+    seed: int = flag(0, "of rollouts, data order and LoRA", least=0)
     out: str = flag("", "run folder; default: runs/TASK-ALGO-seedN")
     save_every: int = flag(50, "steps between checkpoints")
-    device: str = flag("auto", "auto, cuda, mps or cpu")
-    dtype: str = flag("auto", "of the policy: auto (bfloat16 on CUDA where supported), float32 or bfloat16")
+    device: str = flag("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = flag("auto", "of the policy; auto: bfloat16 on CUDA where supported", ("auto", "float32", "bfloat16"))
     cache_gb: float = flag(1.0, "memory for each cache of features, encoder frames and audio embeddings")
 
-    CHOICES = {"task": ("qa", "translation"), "algo": ("leaf", "grpo"), "terms": ("both", "global", "local"),
-               "dtype": ("auto", "float32", "bfloat16")}  # fmt: skip
     # May change between a run and its resumption; everything else is what the run is.
     FREE = ("out", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
-    LEAST = dict.fromkeys(
-        ("train_rows", "validation_rows", "test_rows", "ctc_steps", "sft_steps", "base_batch", "steps", "prompts",
-         "responses", "update_prompts", "micro_prompts", "max_new_tokens", "lora_r", "eval_passes", "save_every",
-         "min_prefix"), 1,
-    ) | {"fork_budget": 0, "eval_every": 0, "seed": 0, "base_seed": 0}  # fmt: skip
     # What the base model depends on
     BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps",
             "sft_lr", "base_batch")  # fmt: skip
@@ -164,6 +156,13 @@ def write_json(path: Path, value):
     os.replace(temporary, path)
 
 
+def sync(path: Path):
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], optimizer):
     """One folder, step-NNNNNN: everything is written and synced under another name, then renamed once."""
     tensors = {f"value.{name}": tensor for name, tensor in named.items()}
@@ -174,10 +173,8 @@ def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], opt
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
     write_json(temporary / "state.json", {"step": step})
-    for path in (temporary / "tensors.safetensors", temporary):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    sync(temporary / "tensors.safetensors")
+    sync(temporary)
     os.rename(temporary, final)
     for old in sorted(folder.glob("step-*"))[:-2]:  # the newest two
         shutil.rmtree(old)
@@ -201,7 +198,7 @@ def load_checkpoint(folder: Path, named: dict[str, torch.Tensor], optimizer) -> 
     return json.loads((found[-1] / "state.json").read_text())["step"]
 
 
-def fit(stage: str, folder: Path, steps: int, named: dict[str, torch.Tensor], optimizer, cfg: Config, seed: int, step_fn):
+def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Config, seed: int, step_fn):
     """Call step_fn(step) -> metrics for every step; log a line each, save, resume.
 
     Everything random inside a step is keyed by (seed, step), so parameters, moments and the step number are all the
@@ -260,72 +257,14 @@ class Updater:
         return norm
 
 
-def order(n: int, seed: list[int], start: int, count: int) -> list[int]:
-    """Items start .. start + count - 1 of an endless sequence of shuffled passes over n rows."""
-    passes = {e: np.random.default_rng([*seed, e]).permutation(n) for e in {start // n, (start + count - 1) // n}}
-    return [int(passes[i // n][i % n]) for i in range(start, start + count)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A split of the corpus, heard once: audio -> log-mels -> encoder frames -> audio embeddings, each cached
-
-
-class Split:
-    def __init__(self, name: str, rows: list[dict], cfg: Config):
-        self.name, self.rows, self.cfg, self.frames = name, rows, cfg, None
-        self.mels = self.cache("hearing", lambda indices: [data.log_mel(data.load_audio(rows[i])) for i in indices])
-
-    def cache(self, doing: str, compute) -> data.Cache:
-        return data.Cache(compute, len(self.rows), self.cfg.cache_gb, f"{doing} {len(self.rows)} {self.name} rows")
-
-    def encode(self, model: SpeechLM):
-        """Pass everything through the encoder, which is frozen from here on."""
-        if self.frames is None:
-            self.frames = self.cache("encoding", lambda indices: encode(model, self.mels(indices)))
-            self.mels.forget()
-
-    def project(self, model: SpeechLM, tokenizer):
-        """And through the projector, frozen too: what is left for RL is embeddings in, text out."""
-        self.encode(model)
-        self.prompts = [tokenizer.encode_prompt(row["prompt"]) for row in self.rows]
-        self.sounds = self.cache("projecting", lambda indices: project(model, self.frames(indices)))
-        self.frames.forget()
-
-    def batch(self, model: SpeechLM, indices: list[int], sounds_of: list[int] | None = None):
-        """Prompts of the rows at indices, optionally with other rows' audio."""
-        return model.embed_prompts([self.prompts[i] for i in indices], self.sounds(sounds_of or indices))
-
-
-def pad(tensors: list[torch.Tensor], device):
-    """Ragged (n, ...) tensors -> (B, n_max, ...) with zeros, lengths (B,)."""
-    lengths = torch.tensor([len(t) for t in tensors], device=device)
-    return torch.nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True), lengths
-
-
-@torch.no_grad()
-def encode(model: SpeechLM, mels: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Frozen encoder: log-mels (T, 160) -> frames (T, C) each."""
-    mel, lengths = pad(mels, model.device)
-    frames, _ = model.encoder(mel.to(model.projector.query.dtype), lengths)
-    return [f[:n].clone() for f, n in zip(frames, lengths.tolist())]
-
-
-@torch.no_grad()
-def project(model: SpeechLM, frames: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Frozen projector: encoder frames (T, C) -> audio embeddings (N, C_text) each."""
-    frames, lengths = pad(frames, model.device)
-    audio, counts = model.projector(frames.to(model.projector.query.dtype), lengths)
-    return [a[:n].clone() for a, n in zip(audio, counts.tolist())]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The base model, made as Granite Speech was: CTC on the encoder; freeze it; next-token on projector and decoder
 
 
-def train_base(cfg: Config, train: Split, folder: Path, device):
+def train_base(cfg: Config, train: data.Split, folder: Path, device):
     """Train the compact model from scratch and save it as a checkpoint that from_pretrained reads."""
     rows = train.rows
-    settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": fingerprint(rows)}
+    settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": data.fingerprint(rows)}
     if folder.exists():
         return check_same(folder, settings, "base.json")
     work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
@@ -344,8 +283,9 @@ def train_base(cfg: Config, train: Split, folder: Path, device):
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
     train_sft(cfg, model, tokenizer, train, work, freeze_encoder=bool(spoken))
     model.save(work)
-    shutil.rmtree(work / "checkpoints")
+    sync(work / "model.safetensors")
     os.rename(work, folder)
+    shutil.rmtree(folder / "checkpoints")
 
 
 def train_ctc(cfg, model, train, spoken, labels, folder):
@@ -354,7 +294,7 @@ def train_ctc(cfg, model, train, spoken, labels, folder):
     updater = Updater(encoder.parameters(), cfg)
 
     def step(step):
-        batch = [spoken[i] for i in order(len(spoken), [cfg.base_seed, 1], step * cfg.base_batch, cfg.base_batch)]
+        batch = [spoken[i] for i in data.order(len(spoken), [cfg.base_seed, 1], step * cfg.base_batch, cfg.base_batch)]
         mel, lengths = pad(train.mels(batch), model.device)
         frames, middle = encoder(mel, lengths)
         wanted = torch.cat([torch.tensor(labels[i]) for i in batch])
@@ -364,7 +304,7 @@ def train_ctc(cfg, model, train, spoken, labels, folder):
             logp = logits.float().log_softmax(-1).transpose(0, 1)
             loss = loss + 0.5 * F.ctc_loss(logp, wanted, lengths.cpu(), label_lengths, zero_infinity=True)
         loss.backward()
-        lr = learning_rate(cfg, cfg.ctc_lr, step / cfg.ctc_steps)
+        lr = learning_rate(cfg, cfg.ctc_lr, (step + 1) / cfg.ctc_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
     fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.optimizer, cfg, cfg.base_seed, step)
@@ -383,7 +323,7 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
     answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
 
     def step(step):
-        batch = order(len(answers), [cfg.base_seed, 2], step * cfg.base_batch, cfg.base_batch)
+        batch = data.order(len(answers), [cfg.base_seed, 2], step * cfg.base_batch, cfg.base_batch)
         if freeze_encoder:
             x, lengths = pad(train.frames(batch), model.device)
         else:
@@ -396,54 +336,37 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
         mask = torch.arange(tokens.shape[1], device=model.device) < answer_lengths[:, None]
         loss = -(logp * mask).sum() / mask.sum()
         loss.backward()
-        lr = learning_rate(cfg, cfg.sft_lr, step / cfg.sft_steps)
+        lr = learning_rate(cfg, cfg.sft_lr, (step + 1) / cfg.sft_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
     fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.optimizer, cfg, cfg.base_seed, step)
     model.eval()
 
 
-def noise(seed: list[int], indices: list[int], K: int, T: int, device) -> torch.Tensor:
-    """(P, K, T) uniform numbers keyed by (seed, prompt, response): the same for whoever else is in the batch."""
-    rows = [[np.random.default_rng([*seed, i, k]).random(T, dtype=np.float32) for k in range(K)] for i in indices]
-    return torch.from_numpy(np.array(rows)).to(device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def answer(model, tokenizer, split: Split, cfg: Config, temperature=0.0, top_p=1.0, seed=(0,), swapped=None) -> list[str]:
-    """One response per row; swapped: the row whose audio each row hears instead of its own."""
+def answer(model, tokenizer, split, cfg: Config, temperature=0.0, top_p=1.0, seed=(0,), swapped=None) -> list[str]:
+    """One response per row of a data.Split; swapped: the row whose audio each row hears instead of its own."""
     texts = []
     for start in range(0, len(split.rows), 64):
         indices = list(range(start, min(len(split.rows), start + 64)))
         prompts = split.batch(model, indices, swapped and [swapped[i] for i in indices])
-        u = noise(list(seed), indices, 1, cfg.max_new_tokens, model.device)
+        u = data.noise(list(seed), indices, 1, cfg.max_new_tokens, model.device)
         rollout = model.sample(prompts, u, tokenizer.eos_id, temperature, top_p)
         rows = zip(rollout.tokens[:, 0].tolist(), rollout.lengths[:, 0].tolist())
         texts += [tokenizer.decode(tokens[:n]) for tokens, n in rows]
     return texts
 
 
-def swap(rows: list[dict]) -> list[int]:
-    """For each row another with the same prompt, where there is one: what would be said if the audio were ignored?"""
-    by_prompt, other = {}, list(range(len(rows)))
-    for i, row in enumerate(rows):
-        by_prompt.setdefault(row["prompt"], []).append(i)
-    for group in by_prompt.values():
-        for i, j in zip(group, group[len(group) // 2 :] + group[: len(group) // 2]):
-            other[i] = j
-    return other
-
-
-def evaluate(model, tokenizer, split: Split, cfg: Config) -> dict:
+def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
     """BLEU, exact match, mean reward and slot accuracy on a split; see the README for each figure's definition."""
     rows, references = split.rows, [row["reference"] for row in split.rows]
     greedy = answer(model, tokenizer, split, cfg)
     passes = [answer(model, tokenizer, split, cfg, 0.9, 0.9, (cfg.base_seed, 3, p)) for p in tqdm(
         range(cfg.eval_passes), desc="sampled passes over the test split", leave=False, disable=None)]  # fmt: skip
-    other = swap(rows)
+    other = data.swap(rows)
     result = {
         "BLEU greedy": data.corpus_bleu(greedy, references, lowercase=True),
         "BLEU sampled": float(np.mean([data.corpus_bleu(texts, references, lowercase=True) for texts in passes])),
@@ -469,17 +392,17 @@ def evaluate(model, tokenizer, split: Split, cfg: Config) -> dict:
 
 def credit(cfg: Config, tokens, lengths, surprisal, rewards):
     """One prompt's (K, T) advantages and its fork statistics."""
-    boundaries = select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
-    forks = fork_stats(tokens, lengths, rewards, boundaries)
+    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
+    forks = leaf.fork_stats(tokens, lengths, rewards, boundaries)
     if cfg.algo == "grpo":
-        advantages = grpo_advantages(rewards, lengths, cfg.std_floor)
+        advantages = leaf.grpo_advantages(rewards, lengths, cfg.std_floor)
         return F.pad(advantages, (0, tokens.shape[1] - advantages.shape[1])), forks
-    return leaf_advantages(
+    return leaf.leaf_advantages(
         tokens, lengths, surprisal, rewards, terms=cfg.terms, multiplicity=cfg.multiplicity, boundaries=boundaries
     ), forks
 
 
-def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validation: Split, folder):
+def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, validation: data.Split, folder):
     """LoRA on the decoder, trained by LEAF or GRPO; one step is one rollout batch and its updates."""
     parameters = lora_parameters(model)
     updater = Updater(parameters.values(), cfg)
@@ -489,9 +412,10 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validati
         # Rollouts: K responses to each prompt, from the model as it is now, LoRA on, dropout off.
         model.eval()
         began = time.perf_counter()
-        indices = order(len(train.rows), [cfg.seed, 4], step * cfg.prompts, cfg.prompts)
+        place = range(step * cfg.prompts, (step + 1) * cfg.prompts)  # in the endless shuffled sequence of prompts
+        indices = data.order(len(train.rows), [cfg.seed, 4], place.start, cfg.prompts)
         prompts = train.batch(model, indices)
-        u = noise([cfg.seed, 5, step], indices, cfg.responses, cfg.max_new_tokens, model.device)
+        u = data.noise([cfg.seed, 5], place, cfg.responses, cfg.max_new_tokens, model.device)
         rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
         T = int(rollout.lengths.max())  # nothing after the longest response matters
         tokens, mask, old_logp = rollout.tokens[..., :T], rollout.mask[..., :T], rollout.logp[..., :T]
@@ -521,7 +445,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: Split, validati
             for c in update.split(cfg.micro_prompts):
                 logp = model.response_logp(prompts[c], tokens[c])
                 flat = (x[c].flatten(0, 1) for x in (old_logp, ref_logp, advantages, mask))  # (P * K, T)
-                loss, part = policy_loss(logp.flatten(0, 1), *flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
+                loss, part = leaf.policy_loss(logp.flatten(0, 1), *flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
                 share = len(c) / len(update)
                 (loss * share).backward()
                 stats = {k: stats.get(k, 0) + share * v for k, v in part.items()}
@@ -580,13 +504,13 @@ def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
     return "".join(out).strip()
 
 
-def show_examples(title, model, tokenizer, split: Split, cfg: Config, count: int = 2):
+def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count: int = 2):
     """A few prompts: the reference, the greedy answer, and the best and worst of K responses shaded by their credit."""
     K = max(2, cfg.responses)
     indices = list(range(min(count, len(split.rows))))
     prompts = split.batch(model, indices)
-    greedy = model.sample(prompts, noise([0], indices, 1, cfg.max_new_tokens, model.device), tokenizer.eos_id, 0.0)
-    u = noise([cfg.base_seed, 6], indices, K, cfg.max_new_tokens, model.device)
+    greedy = model.sample(prompts, data.noise([0], indices, 1, cfg.max_new_tokens, model.device), tokenizer.eos_id, 0.0)
+    u = data.noise([cfg.base_seed, 6], indices, K, cfg.max_new_tokens, model.device)
     rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
     print(f"\n{title}")
     for n, i in enumerate(indices):
@@ -604,9 +528,11 @@ def show_examples(title, model, tokenizer, split: Split, cfg: Config, count: int
             print(f"  {name:10} {shaded}  reward {rewards[k]:.2f}")
 
 
-def show_table(base: dict, trained: dict):
+def show_table(results: dict):
+    base, trained = results["base"], results["trained"]
     width = max(map(len, base))
-    print(f"\n{'test split':{width}} {'base':>9} {'trained':>9} {'difference':>11}")
+    title = f"test split, {results['test_rows']} rows"
+    print(f"\n{title:{width}} {'base':>9} {'trained':>9} {'difference':>11}")
     for name, before in base.items():
         print(f"{name:{width}} {before:9.2f} {trained[name]:9.2f} {trained[name] - before:+11.2f}")
 
@@ -622,47 +548,41 @@ def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, refe
     load_adapter(model, folder / "adapter")
     model.eval().to(device)
     row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
-    sound = project(model, encode(model, [data.log_mel(data.load_audio(row))]))
+    sound = model.project(model.encode([data.log_mel(data.load_audio(row))]))
     prompts = model.embed_prompts([tokenizer.encode_prompt(row["prompt"])], sound)
-    greedy = model.sample(prompts, noise([0], [0], 1, run.max_new_tokens, device), tokenizer.eos_id, 0.0)
+    greedy = model.sample(prompts, data.noise([0], [0], 1, run.max_new_tokens, device), tokenizer.eos_id, 0.0)
     print(tokenizer.decode(greedy.tokens[0, 0, : greedy.lengths[0, 0]].tolist()))
     if not samples:
         return
-    u = noise([cfg.seed, 7], [0], samples, run.max_new_tokens, device)
+    u = data.noise([cfg.seed, 7], [0], samples, run.max_new_tokens, device)
     rollout = model.sample(prompts, u, tokenizer.eos_id, run.temperature, run.top_p)
     tokens, lengths, surprisal = rollout.tokens[0].cpu(), rollout.lengths[0].cpu(), -rollout.logq[0].cpu()
     rows = [t[:n].tolist() for t, n in zip(tokens, lengths)]
-    rewards = [data.reward(tokenizer.decode(ids), row) for ids in rows] if reference else None
-    boundaries = select_boundaries(surprisal, lengths, run.fork_budget, run.min_prefix)
-    nodes = build_tree(tokens, lengths, rewards or [0.0] * samples, boundaries)
-    advantages = None
-    if rewards:
-        advantages = leaf_advantages(tokens, lengths, surprisal, rewards, boundaries=boundaries).tolist()
-    print(f"boundaries {boundaries}")
-    print(format_tree([tokenizer.pieces(ids) for ids in rows], rewards, nodes, advantages))
+    rewards = [data.reward(tokenizer.decode(ids), row) if reference else 0.0 for ids in rows]
+    boundaries = leaf.select_boundaries(surprisal, lengths, run.fork_budget, run.min_prefix)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    advantages = leaf.leaf_advantages(tokens, lengths, surprisal, rewards, boundaries=boundaries).tolist()
+    known = (rewards, nodes, advantages) if reference else (None, nodes)
+    print(f"boundaries {boundaries}\n{leaf.format_tree([tokenizer.pieces(ids) for ids in rows], *known)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
+def pick(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of the policy's decoder on it."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if cfg.device == "cuda" != best:
+        raise UserError("--device cuda: this torch sees no CUDA GPU")
+    device = best if cfg.device == "auto" else cfg.device
+    half = device == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = ("bfloat16" if half else "float32") if cfg.dtype == "auto" else cfg.dtype
+    return torch.device(device), getattr(torch, dtype)
 
 
 def check_same(folder: Path, settings: dict, file: str):
-    """A folder belongs to one configuration: another one is refused with the difference shown, a new folder takes it."""
+    """A folder belongs to one configuration: another is refused with the difference shown, a new folder takes it."""
     path = folder / file
     if not path.exists():
         write_json(path, settings)
@@ -676,23 +596,18 @@ def check_same(folder: Path, settings: dict, file: str):
         )
 
 
-def fingerprint(rows: list[dict]) -> str:
-    """Of the rows' content, so that neither a run nor a base is taken up again on other data."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for f in fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        shown = f"{text} (default: {f.default:.4g})" if isinstance(f.default, float) else f"{text} (default: {f.default!r})"
+        shown = f"{text} (default: {f'{f.default:.4g}' if isinstance(f.default, float) else f.default})"
         if isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
         else:
             kind = type(f.default)
-            parser.add_argument(name, type=kind, default=f.default, choices=Config.CHOICES.get(f.name), help=shown)
+            parser.add_argument(name, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
     use = parser.add_argument_group("use a trained run")
     use.add_argument("--ask", nargs=2, metavar=("AUDIO", "QUESTION"), help="answer a question about a recording")
     use.add_argument("--samples", type=int, default=0, help="with --ask: sample so many responses, show their tree")
@@ -702,9 +617,9 @@ def parse(argv):
     if (actions["samples"] or actions["reference"]) and not actions["ask"]:
         parser.error("--samples and --reference go with --ask")
     cfg = Config(**args)
-    for name, least in Config.LEAST.items():
-        if getattr(cfg, name) < least:
-            parser.error(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    for f in fields(Config):
+        if type(f.default) is int and getattr(cfg, f.name) < f.metadata["least"]:
+            parser.error(f"{f.name} must be at least {f.metadata['least']}, not {getattr(cfg, f.name)}")
     if cfg.prompts % cfg.update_prompts:
         parser.error(f"prompts ({cfg.prompts}) must be a multiple of update_prompts ({cfg.update_prompts})")
     if not 0 < cfg.top_p <= 1 or cfg.temperature <= 0:
@@ -714,24 +629,30 @@ def parse(argv):
 
 def main(argv=None):
     cfg, actions = parse(argv)
-    device, folder, base_folder = pick_device(cfg.device), cfg.run_folder, cfg.base_folder
+    began = time.time()
+    (device, dtype), folder, base_folder = pick(cfg), cfg.run_folder, cfg.base_folder
     if actions["ask"]:
         return ask(cfg, folder, *actions["ask"], actions["samples"], actions["reference"], device)
-    corpus = load_corpus(cfg)  # checked whole before anything is written
+    sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
+    if cfg.data:  # checked whole before anything is written
+        corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows)
+        corpus |= {name: corpus[name][: sizes[name]] for name in ("validation", "test")}
+    else:
+        corpus = data.synthetic_corpus(cfg.task, sizes, cfg.base_seed)
     settings = {k: v for k, v in asdict(cfg).items() if k not in Config.FREE}
-    check_same(folder, settings | {"base": str(base_folder), "rows": fingerprint(corpus["train"])}, "config.json")
+    check_same(folder, settings | {"base": str(base_folder), "rows": data.fingerprint(corpus["train"])}, "config.json")
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
         print(f"{folder} is finished; its results:")
-        return show_table(results["base"], results["trained"])
+        return show_table(results)
     print(f"{cfg.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in corpus.items()) + f" rows; on {device}")
 
     # Base: load it, or train it.
-    splits = {name: Split(name, rows, cfg) for name, rows in corpus.items()}
+    splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in corpus.items()}
     if not cfg.base or not base_folder.exists():  # a base chosen by hand is taken as it is
         train_base(cfg, splits["train"], base_folder, device)
     model, tokenizer = SpeechLM.from_pretrained(base_folder).eval(), data.Tokenizer(base_folder / "tokenizer.model")
-    model.to(device).language_model.to(pick_dtype(cfg.dtype, device))
+    model.to(device).language_model.to(dtype)
     for split in splits.values():
         split.project(model, tokenizer)
 
@@ -754,8 +675,9 @@ def main(argv=None):
     # Measure again, and show.
     result = evaluate(model, tokenizer, splits["test"], cfg)
     show_examples("After", model, tokenizer, splits["test"], cfg)
-    write_json(folder / "results.json", {"config": asdict(cfg), "base": base_result, "trained": result})
-    show_table(base_result, result)
+    results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result}
+    write_json(folder / "results.json", results)
+    show_table(results)
     example = splits["test"].rows[0]
     recording = example["audio"]
     if isinstance(recording, dict):  # synthesised: leave one recording behind to ask about
@@ -766,15 +688,16 @@ def main(argv=None):
 run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)
 base        {base_folder}
 ask it      python train.py --ask {recording} "{question}" --out {folder}
-its tree    ... --samples 8 --reference "{example['reference']}\"""")
+its tree    ... --samples 8 --reference "{example['reference']}"
+took        {time.time() - began:.0f} s, peak memory {peak_memory(device):.1f} GB""")
 
 
-def load_corpus(cfg: Config) -> dict[str, list[dict]]:
-    sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
-    if not cfg.data:
-        return data.synthetic_corpus(cfg.task, sizes, cfg.base_seed)
-    corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows)
-    return corpus | {name: corpus[name][: sizes[name]] for name in ("validation", "test")}
+def peak_memory(device) -> float:
+    """Of this process so far, in GB: on the GPU, or resident in the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 if __name__ == "__main__":
