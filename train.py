@@ -103,8 +103,7 @@ class Config:
     # May change between a run and its resumption; everything else is what the run is.
     FREE = ("out", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
     # What the base model depends on
-    BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps",
-            "sft_lr", "base_batch")  # fmt: skip
+    BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps", "sft_lr", "base_batch")
 
     @property
     def name(self) -> str:
@@ -263,16 +262,15 @@ class Updater:
 
 def train_base(cfg: Config, train: data.Split, folder: Path, device):
     """Train the compact model from scratch and save it as a checkpoint that from_pretrained reads."""
-    rows = train.rows
-    settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": data.fingerprint(rows)}
+    settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": data.fingerprint(train.rows)}
     if folder.exists():
         return check_same(folder, settings, "base.json")
     work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
     check_same(work, settings, "base.json")
-    (work / "tokenizer.model").write_bytes(data.Tokenizer.train(rows))
-    tokenizer, alphabet = data.Tokenizer(work / "tokenizer.model"), data.Alphabet.of(rows)
-    model = SpeechLM(SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id))
-    model = model.init_weights(cfg.base_seed).to(device)
+    (work / "tokenizer.model").write_bytes(data.Tokenizer.train(train.rows))
+    tokenizer, alphabet = data.Tokenizer(work / "tokenizer.model"), data.Alphabet.of(train.rows)
+    config = SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
+    model = SpeechLM(config).init_weights(cfg.base_seed).to(device)
     print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.vocab_size}")
 
     transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
@@ -362,11 +360,10 @@ def answer(model, tokenizer, split, cfg: Config, temperature=0.0, top_p=1.0, see
 
 def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
     """BLEU, exact match, mean reward and slot accuracy on a split; see the README for each figure's definition."""
-    rows, references = split.rows, [row["reference"] for row in split.rows]
+    rows, references, other = split.rows, [row["reference"] for row in split.rows], data.swap(split.rows)
     greedy = answer(model, tokenizer, split, cfg)
-    passes = [answer(model, tokenizer, split, cfg, 0.9, 0.9, (cfg.base_seed, 3, p)) for p in tqdm(
-        range(cfg.eval_passes), desc="sampled passes over the test split", leave=False, disable=None)]  # fmt: skip
-    other = data.swap(rows)
+    bar = tqdm(range(cfg.eval_passes), desc="sampled passes over the test split", leave=False, disable=None)
+    passes = [answer(model, tokenizer, split, cfg, 0.9, 0.9, (cfg.base_seed, 3, p)) for p in bar]
     result = {
         "BLEU greedy": data.corpus_bleu(greedy, references, lowercase=True),
         "BLEU sampled": float(np.mean([data.corpus_bleu(texts, references, lowercase=True) for texts in passes])),
@@ -454,7 +451,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
             all_stats.append({**stats, "grad_norm": updater.step(stats["loss"], lr), "lr": lr})
         seconds = time.perf_counter() - began
 
-        forks = [fork for _, report in credits for fork in report]
+        forks = [fork for _, report in credits for fork in report] or [{"fires": False, "usable": False}]
         metrics = {k: float(np.mean([s[k] for s in all_stats])) for k in all_stats[0]}
         metrics |= {
             "first_ratio_gap": all_stats[0]["ratio_gap"],  # sampler against scorer: rounding, before any update
@@ -463,8 +460,8 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
             "equal_rewards": float(np.mean([max(group) == min(group) for group in rewards])),
             "response_length": float(lengths_host.float().mean()),
             "ended": float((tokens_host.gather(2, lengths_host[..., None] - 1) == tokenizer.eos_id).float().mean()),
-            "fork_fire": float(np.mean([fork["fires"] for fork in forks])) if forks else 0.0,
-            "usable_fork_fire": float(np.mean([fork["usable"] for fork in forks])) if forks else 0.0,
+            "fork_fire": float(np.mean([fork["fires"] for fork in forks])),
+            "usable_fork_fire": float(np.mean([fork["usable"] for fork in forks])),
             "seconds": seconds,
             "sampling_share": (sampled - began) / seconds,
             "credit_share": credit_seconds / seconds,
@@ -493,15 +490,13 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
 
 def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
     """A response with each token on a background of its credit: green is praise, red is blame; numbers if no colour."""
-    out = []
+    if not colour:
+        return "".join(f"{piece}[{a:+.1f}]" for piece, a in zip(pieces, advantages)).strip()
+    out = ""
     for piece, a in zip(pieces, advantages):
-        if not colour:
-            out.append(f"{piece}[{a:+.1f}]")
-            continue
-        strength = min(2, int(abs(a) * 1.5))
         shades = ((157, 120, 34) if a > 0 else (224, 217, 203)) if abs(a) > 0.05 else (255,) * 3  # 256-colour codes
-        out.append(f"\033[48;5;{shades[strength]}m\033[38;5;16m{piece}\033[0m")
-    return "".join(out).strip()
+        out += f"\033[48;5;{shades[min(2, int(abs(a) * 1.5))]}m\033[38;5;16m{piece}\033[0m"
+    return out
 
 
 def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count: int = 2):
@@ -529,9 +524,8 @@ def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count
 
 
 def show_table(results: dict):
-    base, trained = results["base"], results["trained"]
+    base, trained, title = results["base"], results["trained"], f"test split, {results['test_rows']} rows"
     width = max(map(len, base))
-    title = f"test split, {results['test_rows']} rows"
     print(f"\n{title:{width}} {'base':>9} {'trained':>9} {'difference':>11}")
     for name, before in base.items():
         print(f"{name:{width}} {before:9.2f} {trained[name]:9.2f} {trained[name] - before:+11.2f}")
@@ -585,8 +579,7 @@ def check_same(folder: Path, settings: dict, file: str):
     """A folder belongs to one configuration: another is refused with the difference shown, a new folder takes it."""
     path = folder / file
     if not path.exists():
-        write_json(path, settings)
-        return
+        return write_json(path, settings)
     there = json.loads(path.read_text())
     different = [f"  {k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
     if different:
@@ -657,10 +650,9 @@ def main(argv=None):
         split.project(model, tokenizer)
 
     # Measure it.
-    base_file = folder / "base.json"
-    if not base_file.exists():
-        write_json(base_file, evaluate(model, tokenizer, splits["test"], cfg))
-    base_result = json.loads(base_file.read_text())
+    if not (folder / "base.json").exists():
+        write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg))
+    base_result = json.loads((folder / "base.json").read_text())
     show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
 
     # Train LoRA on it.
@@ -678,8 +670,7 @@ def main(argv=None):
     results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result}
     write_json(folder / "results.json", results)
     show_table(results)
-    example = splits["test"].rows[0]
-    recording = example["audio"]
+    example, recording = corpus["test"][0], corpus["test"][0]["audio"]
     if isinstance(recording, dict):  # synthesised: leave one recording behind to ask about
         recording = folder / "example.wav"
         soundfile.write(recording, data.load_audio(example).numpy(), data.SAMPLE_RATE)
@@ -693,11 +684,9 @@ took        {time.time() - began:.0f} s, peak memory {peak_memory(device):.1f} G
 
 
 def peak_memory(device) -> float:
-    """Of this process so far, in GB: on the GPU, or resident in the host's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    """Of this process so far, in GB: on the GPU, or resident in the host's memory (macOS counts bytes, Linux KiB)."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 1e9
 
 
 if __name__ == "__main__":
