@@ -370,7 +370,8 @@ class Split:
 
 def order(n: int, seed: list[int], start: int, count: int) -> list[int]:
     """Items start .. start + count - 1 of an endless sequence of shuffled passes over n rows."""
-    passes = {e: np.random.default_rng([*seed, e]).permutation(n) for e in {start // n, (start + count - 1) // n}}
+    epochs = range(start // n, (start + count - 1) // n + 1)
+    passes = {e: np.random.default_rng([*seed, e]).permutation(n) for e in epochs}
     return [int(passes[i // n][i % n]) for i in range(start, start + count)]
 
 

@@ -667,7 +667,8 @@ def main(argv=None):
     # Measure again, and show.
     result = evaluate(model, tokenizer, splits["test"], cfg)
     show_examples("After", model, tokenizer, splits["test"], cfg)
-    results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result}
+    took = {"seconds": time.time() - began, "peak_memory_gb": peak_memory(device), "device": str(device)}
+    results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result} | took
     write_json(folder / "results.json", results)
     show_table(results)
     example, recording = corpus["test"][0], corpus["test"][0]["audio"]
@@ -680,7 +681,7 @@ run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, r
 base        {base_folder}
 ask it      python train.py --ask {recording} "{question}" --out {folder}
 its tree    ... --samples 8 --reference "{example['reference']}"
-took        {time.time() - began:.0f} s, peak memory {peak_memory(device):.1f} GB""")
+took        {took['seconds']:.0f} s, peak memory {took['peak_memory_gb']:.1f} GB""")
 
 
 def peak_memory(device) -> float:

@@ -1,0 +1,1 @@
+"""Scripts that compare and measure, and the results they wrote."""

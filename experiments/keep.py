@@ -1,0 +1,71 @@
+"""Keep what finished runs report as reference results, and print them as the README's table.
+
+    python -m experiments.keep runs/qa-leaf-seed0 runs/qa-leaf-seed1 ...      copy into experiments/results/
+    python -m experiments.keep                                                print the table of what is kept
+
+For each run: RUN.json (settings, results on the test split, seconds, memory, machine) and RUN.jsonl (metrics of every
+step of policy optimisation). The table has a row per task and algorithm, the mean over its runs.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("BLEU greedy", "BLEU sampled", "exact match %", "slots heard %", "slots, audio swapped %")
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+def keep(run: Path):
+    results = json.loads((run / "results.json").read_text())
+    results["machine"] = {
+        "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    (RESULTS / f"{run.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    shutil.copy(run / "policy.jsonl", RESULTS / f"{run.name}.jsonl")
+
+
+def show():
+    groups = defaultdict(list)
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text())
+        config = result["config"]
+        task = Path(config["data"]).name if config["data"] else config["task"]
+        groups[task, config["algo"], config["base_seed"]].append(result)
+    print("| task, algorithm, base | runs | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    for (task, algo, base), runs in groups.items():
+        cells = []
+        for column in (c for c in COLUMNS if c in runs[0]["base"]):
+            before, after = (mean(run[when][column] for run in runs) for when in ("base", "trained"))
+            spread = f" ± {stdev(run['trained'][column] for run in runs):.1f}" if len(runs) > 1 else ""
+            cells.append(f"{before:.1f} → {after:.1f}{spread}")
+        print(f"| {task}, {algo}, base {base} | {len(runs)} | " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    for run in parser.parse_args().runs:
+        keep(run)
+    show()
+
+
+if __name__ == "__main__":
+    main()
