@@ -42,7 +42,7 @@ class DataError(ValueError):
 @lru_cache(maxsize=100_000)
 def tokenize_13a(text: str) -> tuple[str, ...]:
     """mteval-v13a's tokens: punctuation is split off, except periods and commas inside numbers."""
-    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, character)
     text = re.sub(r"([!-&(-+/:-@\[-`{-~])", r" \1 ", f" {text} ")  # ASCII punctuation but ' , - .

@@ -43,6 +43,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.r, self.scale, self.dropout = r, alpha / r, nn.Dropout(dropout)
         self.enabled, self.merged = True, False
+        self.train(base.training)  # an adapter put on a model in eval mode must not drop out
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = F.linear(x, self.weight, self.bias)

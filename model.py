@@ -581,7 +581,7 @@ class SpeechLM(nn.Module):
 
     # ---- sampling
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(self, prompts: Prompts, noise, eos_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Rollout:
         """K responses of up to T tokens to each prompt. noise (P, K, T): one uniform number in [0, 1) per token.
 
@@ -664,7 +664,9 @@ def draw(logits, u, temperature: float, top_p: float):
         return token, torch.zeros_like(u), logp.gather(-1, token[..., None])[..., 0]
     q, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     mass = q.cumsum(-1)
-    q = q.masked_fill(mass - q >= top_p, 0)  # a token stays if the mass before it is still short of top_p
+    cut = mass - q >= top_p  # a token stays if the mass before it is still short of top_p
+    cut[..., 0] = False
+    q = q.masked_fill(cut, 0)
     mass = q.cumsum(-1)
     total = mass[..., -1:]
     rank = (mass <= u[..., None] * total).sum(-1, keepdim=True)  # kept tokens wholly below u

@@ -621,8 +621,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    cfg, actions = parse(argv)
-    began = time.time()
+    began, (cfg, actions) = time.time(), parse(argv)
     (device, dtype), folder, base_folder = pick(cfg), cfg.run_folder, cfg.base_folder
     if actions["ask"]:
         return ask(cfg, folder, *actions["ask"], actions["samples"], actions["reference"], device)
@@ -691,6 +690,7 @@ def peak_memory(device) -> float:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     try:
         main()
     except (UserError, data.DataError) as error:
