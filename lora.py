@@ -157,6 +157,9 @@ def load_adapter(model: nn.Module, folder):
     """Apply and fill the adapters that save_adapter or PEFT wrote. Raises ValueError where they do not fit."""
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(key):
+            raise ValueError(f"{folder / 'adapter_config.json'}: {key} is not supported here")
     tensors = load_file(folder / "adapter_model.safetensors")
     targets = config["target_modules"]
     apply_lora(model, targets, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))

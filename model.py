@@ -104,7 +104,7 @@ class SpeechConfig:
 
     @classmethod
     def compact(cls, vocab_size: int, ctc_size: int, audio_token_index: int) -> "SpeechConfig":
-        """About 1.5 million parameters: small enough to train from scratch in minutes on two CPU cores."""
+        """About 1.8 million parameters: small enough to train from scratch in minutes on two CPU cores."""
         return cls(
             EncoderConfig(num_layers=4, hidden_dim=96, num_heads=4, dim_head=24, output_dim=ctc_size,
                           context_size=50, max_pos_emb=50, dropout=0.0, conv_kernel_size=15),
@@ -516,7 +516,7 @@ class SpeechLM(nn.Module):
         return self.language_model.model.embed_tokens.weight.dtype
 
     def init_weights(self, seed: int):
-        """Linear, convolution and embedding weights ~ N(0, 1 / fan_in) resp. N(0, .02 * ...); for a model to train."""
+        """For a model to be trained from scratch: weights of variance 1 / fan_in, biases 0; reproducible by the seed."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv1d)):

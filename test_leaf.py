@@ -1,0 +1,1545 @@
+"""The tests, in the order of the files: leaf.py, model.py, lora.py, data.py, corpora/, train.py.
+
+    pytest test_leaf.py
+
+Every result is held against something independent: brute force, transformers, PEFT, torchaudio, sacrebleu, or the
+same computation done the slow way. A few minutes on two CPU cores; no network.
+"""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import timeit
+import warnings
+from dataclasses import asdict
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import data
+import leaf
+import lora
+import train
+from corpora import asterisk
+from data import AUDIO, DataError
+from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig, draw
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask its hub about the base model
+ROOT = Path(train.__file__).resolve().parent
+torch.set_num_threads(1)  # tensors here are tiny: a second thread would only be waited for
+
+# ---- leaf.py: boundaries, tree, credit, GRPO, loss, fork statistics ---------------------------------------------
+EOS = 0
+
+
+def pack(responses, width=None, pad=EOS):
+    """Lists of token ids -> tokens (K, T), lengths (K,)."""
+    width = max(map(len, responses)) if width is None else width
+    rows = [list(o) + [pad] * (width - len(o)) for o in responses]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width), torch.tensor([len(o) for o in responses])
+
+
+def owned(lengths, width):
+    """(K, T) mask from lengths alone: EOS is also the padding id, the sampled one is trained."""
+    return torch.arange(width) < lengths[:, None]
+
+
+def random_group(rng, ended=False):
+    """A small group whose prefixes collide often, tempting junk in its padding. ended: nobody is cut short or empty."""
+    K, T, vocab, whole = rng.randint(1, 10), rng.randint(1, 14), rng.randint(1, 3), rng.random() < 0.6
+    responses = []
+    for _ in range(K):
+        o = [rng.randint(1, vocab) for _ in range(rng.randint(1 if ended or rng.random() < 0.9 else 0, T))]
+        if responses and rng.random() < 0.5:  # share a prefix, then part
+            o[: len(o) // 2] = [x or 1 for x in rng.choice(responses)[: len(o) // 2]]
+        if o and (ended or rng.random() < 0.7):
+            o[-1] = EOS
+        responses.append(list(rng.choice(responses)) if responses and rng.random() < 0.25 else o)
+    tokens, lengths = pack(responses, T)
+    mask = owned(lengths, T)
+    tokens = torch.where(mask, tokens, torch.tensor([[rng.randint(0, vocab) for _ in range(T)] for _ in range(K)]))
+    s = torch.tensor([[rng.randint(0, 3) if whole else 4 * rng.random() for _ in range(T)] for _ in range(K)])  # ties
+    rewards = torch.tensor([rng.choice([0.0, 0.2, 0.5, 1.0]) for _ in range(K)])
+    return responses, tokens, lengths, torch.where(mask, s.float(), 99.0), rewards
+
+
+def slow_boundaries(responses, surprisal, budget, min_prefix):
+    """The paper's step 2, one pick at a time: the best position that is still far enough from every kept one."""
+    peak = {}
+    for o, row in zip(responses, surprisal.tolist()):
+        for t in range(max(1, min_prefix), len(o)):
+            peak[t] = max(row[t], peak.get(t, row[t]))
+    gap, kept = max(2, min(map(len, responses)) // (budget + 1)), []
+    while len(kept) < budget and (free := [t for t in peak if all(abs(t - k) >= gap for k in kept)]):
+        kept.append(min(free, key=lambda t: (-peak[t], t)))
+    return sorted(kept)
+
+
+def slow_groups(responses, boundary):
+    """The paper's step 3 at one boundary: everybody's companions (a slice stops at a response's end by itself)."""
+    companions = [[j for j, p in enumerate(responses) if p[:boundary] == o[:boundary]] for o in responses]
+    return [g for i, g in enumerate(companions) if len(g) >= 2 and g[0] == i]
+
+
+def slow_credit(responses, rewards, boundaries, terms, multiplicity, normalize):
+    """The paper's steps 3 to 5 token by token, values as fractions -> {(response, token): credit}, number of pairs."""
+    r, span_of, credit = [Fraction(x) for x in rewards.tolist()], {}, {}
+    root = sum(r) / len(r)
+    for i, o in enumerate(responses):
+        path = [(b, [r[j] for j in g]) for b in boundaries for g in slow_groups(responses, b) if i in g]
+        for t in range(len(o)):
+            behind = [below for b, below in path if b <= t]  # the nodes this token has left behind
+            ahead = [below for b, below in path if b > t] + [[r[i]]]  # a tail ends at the response itself, n = 1
+            here, parent = sum(ahead[0]) / len(ahead[0]), sum(behind[-1]) / len(behind[-1]) if behind else root
+            total = {"global": here - root, "local": here - parent, "both": here - root + here - parent}[terms]
+            span_of[i, t] = i, len(behind)
+            credit[span_of[i, t]] = float(total) / (math.sqrt(len(ahead[0])) if multiplicity else 1)
+    mean, std = 0.0, 1.0
+    if len(set(r)) == 1 or len(credit) < 2:
+        credit = dict.fromkeys(credit, 0.0)
+    elif normalize:
+        mean, std = fmean(credit.values()), max(stdev(credit.values()), 1e-6)
+    return {it: (credit[span] - mean) / std for it, span in span_of.items()}, len(credit)
+
+
+def test_leaf_matches_slow_oracle_on_random_groups():
+    """Boundaries, tree, credit and fork statistics of 3000 small groups."""
+    rng = random.Random(0)
+    for case in range(3000):
+        responses, tokens, lengths, s, rewards = random_group(rng)
+        B, m, given, T = rng.randint(0, 5), rng.randint(0, 4), None, tokens.shape[1]
+        terms, (multiplicity, normalize) = rng.choice(["both", "global", "local"]), (rng.random() < 0.6 for _ in "mn")
+        flags = {"terms": terms, "multiplicity": multiplicity, "normalize": normalize}
+        where = f"case {case}: {responses}, {s.tolist()}, {rewards.tolist()}, B={B}, min_prefix={m}, {flags}"
+        bounds = slow_boundaries(responses, s, B, m)
+        assert leaf.select_boundaries(s, lengths, B, m) == bounds, where
+        if rng.random() < 0.3:  # hand boundaries in, [] among them
+            given = bounds = sorted(rng.sample(range(1, T + 1), rng.randint(0, min(3, T))))
+        groups = [(b, g) for b in bounds for g in slow_groups(responses, b)]
+        tree = leaf.build_tree(tokens, lengths, rewards, bounds)
+        assert [(v.boundary, [int(i) for i in v.members]) for v in tree] == groups, where
+        assert [v.value for v in tree] == pytest.approx([rewards[g].double().mean().item() for _, g in groups]), where
+        A = leaf.leaf_advantages(tokens, lengths, s, rewards, fork_budget=B, min_prefix=m, boundaries=given, **flags)
+        credit, pairs = slow_credit(responses, rewards, bounds, **flags)
+        assert A.shape == tokens.shape and A.dtype == torch.float32, where
+        if pairs >= 2 or normalize:  # step 5 leaves a lone raw pair open
+            want = np.array([[credit.get((i, t), 0.0) for t in range(T)] for i in range(len(responses))])
+            np.testing.assert_allclose(A.numpy(), want, rtol=1e-5, atol=1e-6, err_msg=where)
+        for got, b in zip(leaf.fork_stats(tokens, lengths, rewards, bounds), bounds, strict=True):
+            here = [([len(responses[i]) for i in g], rewards[g].tolist()) for at, g in groups if at == b]
+            ahead = [r for n, r in here if max(n) > b]
+            want = {
+                "position": b,
+                "fires": len(ahead) > 0,
+                "usable": any(len(set(r)) > 1 for r in ahead),
+                "group_size": fmean(len(n) for n, _ in here) if here else 0.0,
+                "reward_spread": fmean(max(r) - min(r) for _, r in here) if here else 0.0,
+            }
+            assert {k: got[k] for k in want} == pytest.approx(want), where
+
+
+def test_leaf_worked_example():
+    """By hand: the root is .46667; all three share [0, 2); at 4 the two ended duplicates form a node of value .2."""
+    tokens, lengths = pack([[1, 2, 3, 4, EOS], [1, 2, EOS], [1, 2, EOS]])  # abcdE, abE, abE
+    s, rewards = torch.full((3, 5), 0.1), torch.tensor([1.0, 0.2, 0.2])
+    s[0, 4], s[0, 2] = 3.0, 2.0
+    assert leaf.select_boundaries(s, lengths) == [2, 4]
+    tree = [(v.boundary, list(v.members), v.value) for v in leaf.build_tree(tokens, lengths, rewards, [2, 4])]
+    assert tree == [(2, [0, 1, 2], pytest.approx(1.4 / 3)), (4, [1, 2], pytest.approx(0.2))]
+    for normalize, shared, tail, ended in ((False, 0.0, 1.06667, -0.37712), (True, -0.09819, 1.91334, -0.80938)):
+        want = [[shared, shared, tail, tail, tail], [shared, shared, ended, 0, 0], [shared, shared, ended, 0, 0]]
+        A = leaf.leaf_advantages(tokens, lengths, s, rewards, normalize=normalize)
+        torch.testing.assert_close(A, torch.tensor(want), atol=6e-6, rtol=0)
+
+
+def test_leaf_boundaries_by_hand():
+    """The paper's step 2: D = max(2, l_min // (B + 1)); ties go to the smaller position, not the earlier response."""
+    s, lengths = torch.zeros(2, 12), torch.tensor([9, 12])
+    s[0, 6], s[1, 3], s[1, 5], s[1, 11] = 5.0, 5.0, 4.0, 1.0
+    s[:, 0] = s[0, 9:] = 99.0  # neither first token nor padding count
+    for B, m, want in ((0, 1, []), (1, 0, [3]), (2, 1, [3, 6]), (3, 1, [3, 6, 11]), (2, 4, [6, 11])):
+        got = leaf.select_boundaries(s, lengths, fork_budget=B, min_prefix=m)
+        assert got == want and all(type(t) is int for t in got)
+
+
+def spans_from_tree(tokens, lengths, rewards, boundaries):
+    """[(start, end), ...] per response, cut at the retained nodes on its path."""
+    nodes, out = leaf.build_tree(tokens, lengths, rewards, boundaries), []
+    for i, n in enumerate(lengths.tolist()):
+        cuts = [0] + [v.boundary for v in nodes if i in list(v.members) and v.boundary < n] + [n]
+        out.append([(a, b) for a, b in zip(cuts, cuts[1:]) if a < b])
+    return out
+
+
+def test_leaf_spans_partition_each_response():
+    """Credit is constant inside a span, zero past the end, and over (response, span) pairs has mean 0 and std 1."""
+    rng = random.Random(1)
+    for _ in range(200):
+        _, tokens, lengths, s, rewards = random_group(rng)
+        rewards = torch.tensor([rng.random() for _ in rewards])
+        A = leaf.leaf_advantages(tokens, lengths, s, rewards, fork_budget=3)
+        spans = spans_from_tree(tokens, lengths, rewards, leaf.select_boundaries(s, lengths, 3))
+        assert torch.isfinite(A).all() and not A[~owned(lengths, A.shape[1])].any()
+        assert all((A[i, a:b] == A[i, a]).all() for i, cuts in enumerate(spans) for a, b in cuts)
+        pairs = [A[i, a].item() for i, cuts in enumerate(spans) for a, _ in cuts]
+        if len(rewards) > 1 and len(pairs) > 1:
+            assert abs(fmean(pairs)) < 1e-5 and (abs(stdev(pairs) - 1) < 1e-4 or not A.any())
+
+
+def test_leaf_local_terms_telescope():
+    """LA alone, raw and uncorrected: an EOS-ended response's spans add up to r - V(v0) (the paper's step 4). The reward
+    is a function of the text here, because duplicates that end before a boundary have no tail to tell them apart."""
+    rng = random.Random(4)
+    for _ in range(300):
+        responses, tokens, lengths, s, _ = random_group(rng, ended=True)
+        score, B = {}, rng.randint(0, 4)
+        rewards = torch.tensor([score.setdefault(tuple(o), rng.random()) for o in responses])
+        A = leaf.leaf_advantages(tokens, lengths, s, rewards, B, terms="local", multiplicity=False, normalize=False)
+        spans = spans_from_tree(tokens, lengths, rewards, leaf.select_boundaries(s, lengths, B))
+        total = torch.tensor([sum(A[i, a].item() for a, _ in cuts) for i, cuts in enumerate(spans)])
+        torch.testing.assert_close(total, rewards - rewards.mean(), atol=1e-6, rtol=0)
+
+
+def test_leaf_ignores_padding_and_permuting_responses_permutes_credit():
+    """Other ids and surprisals past the end, or more columns of them, change nothing; the inputs stay as they were."""
+    rng = random.Random(2)
+    for _ in range(150):
+        group = responses, tokens, lengths, s, rewards = random_group(rng)
+        before, T = [x.clone() for x in group[1:]], tokens.shape[1]
+        A = leaf.leaf_advantages(tokens, lengths, s, rewards)
+        assert all(torch.equal(x, y) for x, y in zip(before, group[1:]))
+        wide, _ = pack(responses, T + 3, pad=rng.choice([0, 1, -100]))
+        s2 = torch.full(wide.shape, rng.choice([-7.0, 0.0, 1e9]))
+        s2[:, :T] = torch.where(owned(lengths, T), s, s2[:, :T])
+        again = leaf.leaf_advantages(wide, lengths, s2, rewards)
+        assert torch.equal(again[:, :T], A) and not again[:, T:].any()
+        p = torch.tensor(rng.sample(range(len(rewards)), len(rewards)))
+        permuted = leaf.leaf_advantages(tokens[p], lengths[p], s[p], rewards[p])
+        torch.testing.assert_close(permuted, A[p], atol=1e-6, rtol=1e-5)
+
+
+def test_leaf_equal_rewards_give_exact_zeros():
+    """Exactly 0, although the mean of seven times .1 is not .1 in floating point. GRPO with no floor: noise at most."""
+    tokens, lengths = pack([[1, 2, 3, EOS], [1, 2, EOS], [1, EOS]] + 4 * [[2, EOS]])
+    for reward in (0.0, 0.1, 0.2, 1 / 3, 0.7):
+        for rewards in (torch.full((7,), reward), torch.full((7,), reward, dtype=torch.float64)):
+            for kw in ({}, {"normalize": False}, {"fork_budget": 0}):
+                assert not leaf.leaf_advantages(tokens, lengths, torch.rand(7, 4), rewards, **kw).any()
+            assert leaf.grpo_advantages(rewards, lengths, std_floor=0.0).abs().max() < 1e-6
+
+
+def test_leaf_degenerate_groups_are_defined():
+    """K = 1, empty responses, no tokens at all, identical responses, B = 0, rewards closer than the std's floor."""
+
+    def credit(responses, rewards, B=2):
+        (tokens, lengths), rewards = pack(responses), torch.tensor(rewards)
+        A = leaf.leaf_advantages(tokens, lengths, torch.ones(tokens.shape), rewards, B)
+        assert A.shape == leaf.grpo_advantages(rewards, lengths).shape == tokens.shape and torch.isfinite(A).all()
+        return A
+
+    assert not credit([[1, 2, EOS]], [0.7]).any() and not credit([[]], [0.7]).any()
+    assert not credit([[], []], [0.0, 1.0]).any()
+    assert not credit([[], [1, 2]], [0.0, 1.0], B=0).any()  # a single pair
+    A = credit([[1, 2, EOS]] * 3, [0.0, 0.5, 1.0])  # noisy reward: only the tails can differ
+    assert A[0, 2] < A[1, 2] < A[2, 2] and torch.equal(A[0, :1], A[2, :1])
+    A = credit([[1, 2, EOS], [1, EOS], [2, EOS]], [0.0, 0.5, 1.0], B=0)  # one span each: the z-scored reward
+    torch.testing.assert_close(A, torch.tensor([[-1.0, -1, -1], [0, 0, 0], [1, 1, 0]]))
+    A = credit([[1], [2], [3]], [0.5, 0.5 + 2.0**-22, 0.5], B=0)  # raw / 1e-6, float64 until then
+    torch.testing.assert_close(A, torch.tensor([[-2 / 3], [4 / 3], [-2 / 3]]) * 2.0**-22 / 1e-6, atol=1e-6, rtol=1e-5)
+
+
+def test_grpo_advantages_by_hand():
+    """(r - mean) / (max(unbiased std, floor) + 1e-6) on every token of a response; K = 1 gives zeros."""
+    lengths = torch.tensor([3, 1, 0, 2])
+    for r in (np.array([0.1, 0.2, 0.15, 0.3]), np.array([0.0, 1.0, 1.0, 0.0])):  # std below and above a third
+        for kw in ({}, {"std_floor": 0.0}, {"std_floor": 0.05}):
+            a = (r - r.mean()) / (max(r.std(ddof=1), kw.get("std_floor", 1 / 3)) + 1e-6)
+            A = leaf.grpo_advantages(torch.tensor(r).float(), lengths, **kw)
+            torch.testing.assert_close(A.double(), torch.tensor(a)[:, None] * owned(lengths, 3), atol=1e-6, rtol=1e-5)
+            assert not leaf.grpo_advantages(torch.tensor([0.8]), torch.tensor([2]), **kw).any()
+
+
+def loss_inputs():
+    g, mask = torch.Generator().manual_seed(0), owned(torch.tensor([6, 3, 1, 4]), 6)
+    old = -3 * torch.rand(4, 6, generator=g) - 0.1
+    logp, ref = old + 0.4 * torch.randn(2, 4, 6, generator=g)
+    return logp, old, ref, torch.randn(4, 6, generator=g), mask
+
+
+@pytest.mark.parametrize("kw", [{}, {"clip": 0.1, "kl_coef": 1.0}, {"kl_coef": 0.0}])
+def test_policy_loss_matches_formula(kw):
+    """Token by token in float64; mean over the tokens of a response first, then over responses."""
+    *inputs, mask = loss_inputs()
+    e, beta, rows = kw.get("clip", 0.2), kw.get("kl_coef", 0.02), [[] for _ in mask]
+    for i, t in np.argwhere(mask.numpy()):
+        p, q, f, a = (x[i, t].item() for x in inputs)
+        rho, k3 = math.exp(p - q), math.exp(f - p) - (f - p) - 1
+        rows[i].append(-min(rho * a, min(max(rho, 1 - e), 1 + e) * a) + beta * k3)
+    loss, _ = leaf.policy_loss(*inputs, mask, **kw)
+    assert loss.shape == () and loss.item() == pytest.approx(fmean(map(fmean, rows)), abs=1e-5)
+
+
+@pytest.mark.parametrize("ratios, kl_coef", [([1.0], 0.0), ([0.5, 0.9, 1.1, 1.5], 0.0), ([1.0], 0.5)])
+def test_policy_loss_gradient(ratios, kl_coef):
+    """At ratio 1 every token, the EOS like any other, pulls with -A / (its response's length * K). A good token already
+    made likelier, or a bad one already rarer, is left alone; the way back stays open. k3 adds 1 - e^(ref - logp)."""
+    logp, _, ref, A, mask = loss_inputs()
+    i = torch.arange(24).reshape(4, 6)  # the first 8 tokens: every ratio and sign
+    rho, A = torch.tensor(ratios)[i % len(ratios)], torch.where(i // 4 % 2 == 1, A.abs(), -A.abs())
+    logp.requires_grad_()
+    leaf.policy_loss(logp, logp.detach() - rho.log(), ref, A, mask, kl_coef=kl_coef)[0].backward()
+    blocked = (A > 0) & (rho > 1.2) | (A < 0) & (rho < 0.8)
+    want = torch.where(blocked, 0.0, -A * rho) + kl_coef * (1 - (ref - logp.detach()).exp())
+    want = want * mask / (mask.sum(1, keepdim=True) * len(mask))
+    torch.testing.assert_close(logp.grad, want, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("junk", [7.0, 1e4, -1e4])
+def test_policy_loss_ignores_padding(junk):
+    """Finite junk, even where its exponential overflows, reaches neither loss, statistics nor gradient."""
+    *inputs, mask = loss_inputs()
+    results = []
+    for fill in (0.0, junk):
+        logp, old, ref, A = (torch.where(mask, x, k * fill) for x, k in zip(inputs, (1, -1, 2, 3)))
+        logp.requires_grad_()
+        loss, stats = leaf.policy_loss(logp, old, ref, A, mask)
+        loss.backward()
+        assert not logp.grad[~mask].any()
+        results.append(torch.tensor([loss.item(), *(float(stats[k]) for k in stats), *logp.grad[mask].tolist()]))
+    torch.testing.assert_close(*results, atol=1e-7, rtol=1e-6)
+
+
+def test_policy_loss_stats():
+    """Mean ratio, share of clipped tokens, mean k3, without a graph; all finite when responses are empty."""
+    old, mask = torch.full((2, 4), -1.0), torch.ones(2, 4, dtype=torch.bool)
+    logp = (old + torch.tensor([[1.0, 1.0, 1.5, 1.5], [1.0, 1.1, 1.0, 1.5]]).log()).requires_grad_()
+    _, stats = leaf.policy_loss(logp, old, logp.detach() + 1, torch.ones(2, 4), mask)
+    got = [float(stats[k]) for k in ("ratio", "clip_fraction", "kl")]
+    assert got == pytest.approx([1.2, 3 / 8, math.e - 2], rel=1e-5)
+    assert not any(getattr(v, "requires_grad", False) for v in stats.values())
+    for gap in (-3.0, -0.1, 0.0, 0.1, 3.0):  # positive on either side of zero
+        loss, stats = leaf.policy_loss(old, old, old + gap, 0 * old, mask, kl_coef=0.5)
+        k3 = math.exp(gap) - gap - 1
+        assert [2 * loss.item(), float(stats["kl"])] == pytest.approx([k3, k3], rel=1e-5, abs=1e-6)
+    for mask in (torch.tensor([[True], [False]]).expand(2, 4), torch.zeros(2, 4, dtype=torch.bool)):
+        logp.grad = None
+        loss, stats = leaf.policy_loss(logp, old, old, torch.ones(2, 4), mask)
+        loss.backward()
+        assert all(map(math.isfinite, [loss.item(), *logp.grad.flatten().tolist(), *map(float, stats.values())]))
+
+
+@pytest.mark.parametrize(
+    "responses, rewards, fires, usable, size, spread",
+    [
+        ([[1, 2, 3, EOS], [1, 2, 4, EOS], [3, EOS]], [1.0, 0.0, 0.0], True, True, 2, 1.0),  # a fork worth having
+        ([[1, 2, 3, EOS], [1, 2, 4, EOS], [3, EOS]], [0.5, 0.5, 0.0], True, False, 2, 0.0),  # nothing to learn
+        ([[1, 2], [1, 2, 4, EOS], [3, EOS]], [0.5, 0.0, 0.0], True, True, 2, 0.5),  # one goes on: enough
+        ([[1, EOS], [1, EOS], [2, 1, 1, EOS]], [0.5, 0.0, 0.0], False, False, 2, 0.5),  # ended duplicates
+        (
+            [[1, EOS], [1, EOS], [2, 1, 1, EOS], [2, 1, EOS]],
+            [0.5, 0.0, 0.2, 0.2],
+            True,
+            False,
+            2,
+            0.25,
+        ),  # spread elsewhere
+    ],
+)
+def test_fork_stats_by_hand(responses, rewards, fires, usable, size, spread):
+    """A fork fires if a group of two or more has a member past it; it is usable if *that* group's rewards differ."""
+    (got,) = leaf.fork_stats(*pack(responses), torch.tensor(rewards), [2])
+    want = {"position": 2, "fires": fires, "usable": usable, "group_size": size, "reward_spread": spread}
+    assert {k: got[k] for k in want} == pytest.approx(want)
+
+
+def test_random_boundaries_keep_the_separation_and_are_uniform():
+    """Candidates, D and budget of the paper's step 2; fewer than B only when no candidate is left; seeded."""
+    rng, g, before = random.Random(5), torch.Generator().manual_seed(0), torch.random.get_rng_state()
+    for _ in range(300):
+        lengths, B, m = [rng.randint(0, 20) for _ in range(rng.randint(1, 8))], rng.randint(0, 4), rng.randint(0, 4)
+        got, D = leaf.random_boundaries(torch.tensor(lengths), B, g, min_prefix=m), max(2, min(lengths) // (B + 1))
+        allowed = range(max(1, m), max(lengths))
+        assert len(got) <= B and set(got) <= set(allowed) and all(b - a >= D for a, b in zip(got, got[1:]))
+        assert len(got) == B or all(any(abs(t - k) < D for k in got) for t in allowed)
+    a, b = (leaf.random_boundaries(torch.tensor([90, 99]), 2, torch.Generator().manual_seed(1)) for _ in "ab")
+    assert a == b and torch.equal(before, torch.random.get_rng_state())  # only the generator handed in is used
+    count = np.bincount([leaf.random_boundaries(torch.tensor([11, 11]), 1, g)[0] for _ in range(3000)], minlength=11)
+    assert count[0] == 0 and np.abs(count[1:] - 300).max() < 5 * math.sqrt(3000 * 0.1 * 0.9)
+
+
+def test_even_boundaries_by_hand():
+    for lengths, B, m, want in (
+        ([9, 12], 2, 1, [3, 6]),
+        ([12, 9], 3, 1, [2, 4, 6]),
+        ([9, 12], 3, 3, [4, 6]),
+        ([2, 9], 3, 0, [1]),
+        ([0, 9], 3, 1, []),
+        ([9], 0, 1, []),
+    ):
+        assert leaf.even_boundaries(torch.tensor(lengths), B, min_prefix=m) == want
+
+
+def test_leaf_credit_takes_less_than_a_millisecond():
+    """K = 8, T = 200: responses leave a common answer one after another. The best of many: the machine is shared."""
+    g, lengths = torch.Generator().manual_seed(0), torch.tensor([200] * 5 + [180, 150, 90])
+    tokens = torch.randint(1, 1000, (1, 200), generator=g).repeat(8, 1)
+    for i in range(1, 7):
+        tokens[i, 20 * i :] += i
+    s, rewards = torch.rand(8, 200, generator=g), torch.rand(8, generator=g)
+    best = min(timeit.repeat(lambda: leaf.leaf_advantages(tokens, lengths, s, rewards), number=1, repeat=100))
+    assert best < 1e-3, f"{1e3 * best:.2f} ms"
+
+
+# ---- model.py: parity with transformers, padding, sampling, scoring -------------------------------------------------
+V, near = 23, partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)  # vocabulary; V is also the audio token's id
+roughly, same = partial(near, atol=1e-4, rtol=1e-4), partial(near, atol=0, rtol=0)
+
+
+def rand(*shape, seed=0, kind=torch.rand):
+    return kind(shape, generator=torch.Generator().manual_seed(seed))
+
+
+randn = partial(rand, kind=torch.randn)
+
+
+@torch.no_grad()
+def shake(net, scale=0.1):
+    """Every weight and running statistic away from its initial value, so that none is ignored unnoticed."""
+    for seed, p in enumerate(net.parameters()):
+        p += scale * randn(*p.shape, seed=seed)
+    for seed, (name, b) in enumerate(net.named_buffers()):
+        b.copy_(rand(*b.shape, seed=seed) + 0.5 if "running" in name else b)
+    return net.eval()
+
+
+def odd_config(seed):
+    """Odd sizes and no multiplier at 1. Four seeds: 1 to 4 encoder layers; GQA, MHA, one KV head; tied and untied."""
+    tied, context = seed % 2 == 1, 9 + 7 * seed
+    window, downsample, heads, kv_heads, head_dim = [
+        (15, 5, 4, 2, None),
+        (6, 2, 4, 4, None),
+        (8, 4, 6, 3, 10),
+        (7, 7, 6, 1, 10),
+    ][seed]
+    return SpeechConfig(
+        EncoderConfig(
+            num_layers=1 + seed,
+            hidden_dim=24,
+            feedforward_mult=1 + seed,
+            num_heads=3,
+            dim_head=5 + seed,
+            output_dim=5,
+            context_size=context,
+            max_pos_emb=context + 8 * tied,
+            conv_kernel_size=4 + seed,
+            conv_expansion_factor=2 - tied,
+            dropout=0.0,
+        ),
+        ProjectorConfig(
+            hidden_size=32,
+            num_hidden_layers=1 + seed,
+            num_attention_heads=2 + 2 * tied,
+            intermediate_size=40,
+            encoder_hidden_size=24,
+            cross_attention_frequency=1 + tied,
+            layer_norm_eps=[1e-12, 1e-2][tied],
+        ),
+        TextConfig(
+            vocab_size=V,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2 + tied,
+            head_dim=head_dim,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rms_norm_eps=[1e-5, 0.1][tied],
+            rope_theta=10.0 ** (2 + seed),
+            embedding_multiplier=1.5,
+            attention_multiplier=0.4,
+            residual_multiplier=0.7,
+            logits_scaling=1.6,
+        ),
+        audio_token_index=V,
+        window_size=window,
+        downsample_rate=downsample,
+        tie_word_embeddings=tied,
+    )
+
+
+def make_model(seed=2, scale=0.3):
+    """Nothing of it at its initial value; scale: how far from uniform its distributions are."""
+    return shake(SpeechLM(odd_config(seed)).init_weights(0), scale)
+
+
+def make_transformers(seed, folder):
+    """The same in transformers, saved under folder as IBM publishes it. Their Granite Speech forgets logits_scaling."""
+    hf, config = pytest.importorskip("transformers"), asdict(odd_config(seed))
+    config["projector_config"] |= {"model_type": "blip_2_qformer", "vocab_size": 1}
+    text = {k: v for k, v in config["text_config"].items() if v is not None}  # head_dim
+    config["text_config"] = text | {"model_type": "granite", "pad_token_id": 0, "tie_word_embeddings": seed % 2 == 1}
+    torch.manual_seed(seed)
+    theirs = hf.GraniteSpeechForConditionalGeneration(hf.GraniteSpeechConfig(**config, has_lora_adapter=False))
+    shake(theirs, 0.3).generation_config.eos_token_id = None
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def their_logits(theirs, mel):
+    """Ids and logits of 4 <audio> 5 6."""
+    c = theirs.config
+    ids = [4, *[V] * (math.ceil(mel.shape[1] / c.window_size) * (c.window_size // c.downsample_rate)), 5, 6]
+    ids = torch.tensor([ids] * len(mel))
+    return ids, theirs(input_ids=ids, input_features=mel).logits / c.text_config.logits_scaling
+
+
+def causal(model, x):
+    """Logits for embeddings (B, S, C) as plain causal sequences: no padding, no sharing, no cache."""
+    S = x.shape[1]
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool).tril()
+    return model.language_model.logits(model.language_model.model(x, torch.arange(S).expand(len(x), -1), mask))
+
+
+def alone(model, x, tokens):
+    """Logits (T, V) that predict each token of one response (T,) after one prompt (L, C); their log-probabilities."""
+    logits = causal(model, torch.cat((x, model.language_model.model.embed_tokens(tokens)))[None])[0, len(x) - 1 : -1]
+    return logits, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
+def make_prompts(lengths, side, width=None):
+    """Ragged prompts of random embeddings, padded with junk on the left, on the right or on both sides."""
+    slot, lengths = torch.arange(width or max(lengths)), torch.tensor(lengths)[:, None]
+    start = (len(slot) - lengths) * {"left": 2, "right": 0, "both": 1}[side] // 2
+    return Prompts(randn(len(lengths), len(slot), 24), (slot >= start) & (slot < start + lengths))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_same_as_transformers(seed, tmp_path):
+    """Weights and config.json as they write them. In a ragged batch of ours, every row has the frames, embeddings,
+    logits and 20 greedy tokens that theirs has alone."""
+    theirs = make_transformers(seed, tmp_path)
+    ours = SpeechLM.from_pretrained(tmp_path).eval()
+    assert SpeechConfig.from_dict(theirs.config.to_dict()) == ours.config == odd_config(seed)
+    mels = [randn(n, 160, seed=n) for n in (7, 1, 65, 2, 31, 13, 20, 47)]
+    frames = ours.encode(mels)
+    sounds = ours.project(frames)
+    prompts = ours.embed_prompts([[4, V, 5, 6]] * len(mels), sounds)
+    greedy = ours.sample(prompts, torch.zeros(len(mels), 1, 20), eos_id=-1, temperature=0).tokens[:, 0].tolist()
+    for i, mel in enumerate(mels):
+        hidden = theirs.model.encoder(mel[None]).last_hidden_state
+        near((frames[i], sounds[i]), (hidden[0], theirs.model.projector(hidden)[0]), atol=3e-5)
+        x, (ids, logits) = prompts.x[i][None, prompts.valid[i]], their_logits(theirs, mel[None])
+        roughly(causal(ours, x), logits)
+        want = theirs.generate(input_ids=ids, input_features=mel[None], do_sample=False, max_new_tokens=20)
+        assert greedy[i] == want[0, ids.shape[1] :].tolist() and len(sounds[i]) == ours.projector.count(len(mel))
+    assert len(set(sum(greedy, []))) > 6
+
+
+@torch.no_grad()
+def test_padded_audio_gives_the_same():
+    """Every length from 1 to 65 in one batch, whatever stands in the padding, is what the recording is alone."""
+    model, lengths, mel = make_model(scale=0.1), (torch.arange(65) * 8) % 65 + 1, randn(65, 70, 160)
+    frames, middle = model.encoder(mel, lengths)
+    sound, counts = model.projector(frames, lengths)
+    for i, n in enumerate(lengths.tolist()):
+        one = model.encoder(mel[i : i + 1, :n], torch.tensor([n]))
+        near((frames[i, :n], middle[i, :n]), (one[0][0], one[1][0]))
+        near(sound[i, : counts[i]], model.projector(one[0], torch.tensor([n]))[0][0])
+        assert not frames[i, n:].any() and counts[i] == 2 * math.ceil(n / 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_rollout_does_not_depend_on_padding_or_company(side):
+    """A response is its own noise's: alone, in any batch and place, with 1 or 8 to a prompt, with more time to come."""
+    model, prompts, u = make_model(), make_prompts([5, 1, 9, 4, 6], side, width=11), rand(5, 8, 10)
+    whole = model.sample(prompts, u, 2, top_p=0.9)
+    scored = model.response_logp(prompts, whole.tokens)
+    assert len({tuple(r) for r in whole.tokens.flatten(0, 1).tolist()}) > 30 and scored.isfinite().all()
+    for rows, K, T in [*(([i], 8, 10) for i in range(5)), ([4, 1], 8, 10), ([3, 0, 2, 1, 4], 2, 10), ([1, 3], 1, 4)]:
+        some = prompts[rows]
+        if len(rows) == 1:  # without its padding
+            some = Prompts(some.x[some.valid][None], some.valid[some.valid][None])
+        part = model.sample(some, u[rows, :K, :T], 2, top_p=0.9)
+        same(part.lengths, whole.lengths[rows, :K].clamp(max=T))
+        for name in ("tokens", "logq", "logp"):
+            near(getattr(part, name)[part.mask], getattr(whole, name)[rows, :K, :T][part.mask])
+        near(model.response_logp(some, whole.tokens[rows, :K, :T]), scored[rows, :K, :T])
+
+
+def test_batch_norm_sees_real_frames_only():
+    """In training: output, gradient and running statistics are BatchNorm1d's on the real frames, end to end."""
+    ours, plain = shake(MaskedBatchNorm(6)).train(), shake(nn.BatchNorm1d(6)).train()
+    mask = torch.arange(9) < torch.tensor([[5], [1], [9]])
+    for seed in range(3):
+        x = torch.where(mask[..., None], 3 * randn(3, 9, 6, seed=seed) + 1, 1e4).requires_grad_()
+        y = x.detach()[mask].requires_grad_()
+        got, want = ours(x, mask)[mask], plain(y)
+        for out in (got, want):
+            (out.sin() * torch.arange(len(out))[:, None]).sum().backward()
+        near((got, x.grad[mask]), (want, y.grad))
+    near(list(ours.buffers()), list(plain.buffers()))
+
+
+def truncated(logits, temperature, top_p):
+    """Sampling distribution (V,), in float64 and one token at a time; and the log of the mass that was kept."""
+    p, mass = (logits.double() / temperature).softmax(-1), 0.0
+    q = torch.zeros_like(p)
+    for token in p.argsort(descending=True):
+        if mass < top_p:
+            q[token], mass = p[token], mass + p[token].item()
+    return (q / mass).float(), math.log(mass)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.0, 0.7), (0.6, 1.0), (1.7, 0.5)])
+def test_sampler_equals_scorer(side, temperature, top_p):
+    """A sampled token's two log-probabilities, from the cache, are those of a plain causal pass over its sequence. At
+    temperature 1 they differ by the log of the mass that top-p kept; without top-p not at all."""
+    model, prompts = make_model(), make_prompts([3, 8, 1, 5], side)
+    rollout = model.sample(prompts, rand(4, 6, 12), 2, temperature, top_p)
+    mask, scored = rollout.mask, model.response_logp(prompts, rollout.tokens)
+    assert 2 in rollout.tokens[mask] and (rollout.lengths == 12).any() and (rollout.lengths < 6).any()
+    for i, k in itertools.product(range(4), range(6)):
+        tokens, logq, logp = (getattr(rollout, name)[i, k][mask[i, k]] for name in ("tokens", "logq", "logp"))
+        logits, want = alone(model, prompts.x[i][prompts.valid[i]], tokens)
+        q, kept = zip(*(truncated(row, temperature, top_p) for row in logits))
+        near((logp, scored[i, k][mask[i, k]]), (want, want))
+        near(logq, torch.stack(q).gather(-1, tokens[:, None])[:, 0].log())
+        near((logp - logq) * (temperature == 1), torch.tensor(kept) * (temperature == 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shared_prompt_is_the_same_as_each_response_alone(side, adapted):
+    """Log-probabilities and gradients (LoRA's or the decoder's, and the prompt's): K ragged responses over one shared
+    prompt, in smaller batches, one by one, or each as a plain causal sequence."""
+    model, prompts, tokens = make_model(), make_prompts([4, 9, 2], side), (V * rand(3, 4, 7)).long()
+    if adapted:
+        shake_lora(model)
+    lengths = torch.tensor([[7, 2, 1, 4], [3, 7, 7, 5], [1, 1, 6, 2]])
+    weight = (rand(3, 4, 7, seed=1) - 0.5) * (torch.arange(7) < lengths[..., None])
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad and "language" in n}
+    named["prompt"] = prompts.x.requires_grad_()
+    together = model.response_logp(prompts, tokens)
+    want = torch.autograd.grad((together * weight).sum(), named.values(), retain_graph=True)
+    batches = [(model.response_logp(prompts[c], tokens[c]) * weight[c]).sum() for c in torch.arange(3).split(2)]
+    separate, plain = [], []
+    for i, k in itertools.product(range(3), range(4)):
+        n = lengths[i, k]
+        one = model.response_logp(prompts[[i]], tokens[i : i + 1, k : k + 1, :n])[0, 0]
+        _, brute = alone(model, prompts.x[i][prompts.valid[i]], tokens[i, k, :n])
+        near((one, brute), (together[i, k, :n], together[i, k, :n]))
+        separate.append((one * weight[i, k, :n]).sum())
+        plain.append((brute * weight[i, k, :n]).sum())
+    for loss in map(sum, (batches, separate, plain)):
+        for name, a, b in zip(named, torch.autograd.grad(loss, named.values()), want):
+            assert (a - b).norm() <= 2e-5 * b.norm() and b.norm() > 1e-3, name
+    sampled = model.sample(prompts, rand(3, 1, 4), 2).tokens  # the sampler's own tensors can be trained on
+    model.response_logp(prompts, sampled).sum().backward()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.0, 0.9), (0.5, 0.8), (2.0, 0.3), (1.0, 1e-6)])
+def test_draw_follows_the_distribution(temperature, top_p):
+    """Evenly spaced noise reproduces each probability to 1 / N, random noise to its standard error."""
+    N = 4001
+    for seed in range(5):
+        logits = 2 * randn(13, seed=seed)
+        q, _ = truncated(logits, temperature, top_p)
+        for u, slack in (((torch.arange(N) + 0.5) / N, 0), (rand(N, seed=seed), 4.5 * (q * (1 - q) / N).sqrt())):
+            token, logq, logp = draw(logits.expand(N, 13), u, temperature, top_p)
+            count = torch.bincount(token, minlength=13)
+            assert ((count / N - q).abs() <= slack + 1.01 / N).all() and not count[q == 0].any()
+            near((logp, logq.exp()), (logits.log_softmax(-1)[token], q[token]))
+
+
+def test_draw_at_its_edges():
+    """Top-p keeps the smallest set that reaches it, exactly where masses are exact. u = 0 is the most probable token,
+    the last float below 1 one that is kept, though a sum over a large vocabulary is not 1. Temperature 0 is greedy."""
+    even, halves = [1 / 8] * 8, [1 / 8, 1 / 4, 1 / 2, 1 / 8]
+    for p, top_p, kept in ((even, 0.5, 4), (even, 0.51, 5), (even, 1, 8), (even, 0.1, 1), (halves, 0.75, 2)):
+        token, logq, _ = draw(torch.tensor(p).log().expand(1024, -1), torch.arange(1024) / 1024, 1.0, top_p)
+        q = torch.zeros(len(p)).index_add(0, token.unique(), torch.tensor(p)[token.unique()])
+        q = q / q.sum()
+        near((logq.exp(), token.bincount(minlength=len(p)) / 1024), (q[token], q), atol=0.9 / 1024)
+        assert len(token.unique()) == kept
+    last = torch.full((8,), float(np.nextafter(np.float32(1), np.float32(0))))
+    for size, spread, top_p in itertools.product((3, 300, 20000), (0.1, 3.0, 30.0), (0.0, 0.3, 0.9, 1.0)):
+        logits = spread * randn(8, size)
+        logits[:, ::3] = -1e9  # probability 0
+        best, p = logits.argmax(-1), logits.double().softmax(-1)
+        token, logq, _ = draw(logits, last, 1.0, top_p)
+        above = torch.where(p > p.gather(-1, token[:, None]), p, 0).sum(-1)  # the mass before it
+        assert (above < top_p + 1e-4).all() and (token % 3 > 0).all() and logq.isfinite().all()
+        assert torch.equal(draw(logits, 0 * last, 1.0, top_p)[0], best) and (top_p > 0 or torch.equal(token, best))
+        near(draw(logits, last, 0, top_p), (best, 0 * last, p.amax(-1).log().float()))
+
+
+@torch.no_grad()
+def test_responses_end_at_the_first_eos():
+    """The EOS counts, a response cut short has length T, and the decoder stops when everybody has ended."""
+    model, prompts, u, calls = make_model(), make_prompts([3, 8, 1], "right"), rand(3, 5, 9), []
+    free = model.sample(prompts, u, eos_id=-1)
+    model.language_model.model.register_forward_hook(lambda *_: calls.append(1))
+    for eos in range(0, V, 2):
+        rollout = model.sample(prompts, u, eos)  # the noise is the same, so are the tokens up to the end
+        for i, k in itertools.product(range(3), range(5)):
+            tokens, n = free.tokens[i, k].tolist(), rollout.lengths[i, k]
+            assert n == (tokens.index(eos) + 1 if eos in tokens else 9)
+            same((rollout.tokens[i, k, :n], rollout.mask[i, k]), (free.tokens[i, k, :n], torch.arange(9) < n))
+            calls.clear()
+            assert model.sample(prompts[[i]], u[[i], k : k + 1], eos).lengths.item() == n == len(calls)
+    junk = torch.where(rollout.mask, rollout.tokens, (rollout.tokens + 5) % V)
+    near(*(model.response_logp(prompts, tokens)[rollout.mask] for tokens in (rollout.tokens, junk)))
+
+
+@torch.no_grad()
+def test_bfloat16():
+    """Logits and log-softmax are float32; sampler and scorer differ by rounding, so old_logp must be the sampler's."""
+    model, prompts = make_model(scale=0.1).bfloat16(), make_prompts([3, 8, 1, 5], "left")
+    prompts.x = prompts.x.bfloat16()
+    rollout = model.sample(prompts, rand(4, 6, 12), 2)
+    scored = model.response_logp(prompts, rollout.tokens)
+    assert model.language_model.logits(prompts.x).dtype == scored.dtype == rollout.logp.dtype == torch.float32
+    assert scored.isfinite().all() and (rollout.logp - scored)[rollout.mask].abs().max() < 0.1
+    assert len(scored.unique()) > 200  # of 288; rounded to bfloat16's 8 bits they would coincide
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_model_files(seed, tmp_path):
+    model = make_model(seed)
+    model.save(tmp_path)
+    again, config = SpeechLM.from_pretrained(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    same(again.state_dict(), model.state_dict())
+    assert again.config == model.config
+    for part, name, value in (
+        ("text_config", "hidden_size", 32),
+        ("encoder_config", "num_layers", 4),
+        ("projector_config", "num_hidden_layers", 1),
+    ):  # a wrong shape, too few, too many tensors
+        (tmp_path / "config.json").write_text(json.dumps({**config, part: {**config[part], name: value}}))
+        with pytest.raises(ValueError, match="model.safetensors.*config.json"):
+            SpeechLM.from_pretrained(tmp_path)
+
+
+# ---- lora.py: adapters, the switch, PEFT's files --------------------------------------------------------------------
+PLAIN, MEL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], randn(2, 20, 160)
+
+
+def shake_lora(model, targets=lora.DECODER_TARGETS, r=3, alpha=12.0, dropout=0.0):
+    """Adapters whose B is not zero."""
+    names = lora.apply_lora(model, targets, r, alpha, dropout)
+    for seed, p in enumerate(lora.lora_parameters(model).values()):
+        p.data += 0.2 * randn(*p.shape, seed=seed)
+    return names
+
+
+def forward(model, mel=MEL):
+    """Logits of 4 <audio> 5 6, through every module."""
+    lengths = torch.tensor([mel.shape[1]] * len(mel))
+    sound, _ = model.projector(model.encoder(mel, lengths)[0], lengths)
+    return causal(model, model.embed_prompts([[4, V, 5, 6]] * len(mel), list(sound)).x)
+
+
+logits_of = torch.no_grad()(forward)  # where gradients are wanted, other kernels may round differently
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_layer_is_its_formula(bias):
+    """y = W x + b + (alpha / r) B A x; gradients reach A and B alone; dropout acts on x, and in training only."""
+    net, x = nn.Sequential(nn.Linear(7, 5, bias=bias)).eval(), randn(4, 3, 7)
+    base = net(x).detach()
+    assert shake_lora(net, ["0"], r=2, alpha=5.0, dropout=0.5) == ["0"]
+    want = base + 5 / 2 * x @ net[0].lora_A.T @ net[0].lora_B.T
+    near(net(x), want)  # an adapter is born in its layer's mode
+    net(x).sum().backward()
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == {"0.lora_A", "0.lora_B"}
+    net.train()
+    near(torch.stack([net(x) for _ in range(2000)]).mean(0), want, atol=0.3)
+    assert not torch.allclose(net(x), net(x))
+
+
+def test_lora_off_is_the_base_bit_for_bit():
+    """B = 0 changes nothing; training changes A and B alone; the switch nests and returns, after an exception too, to
+    what was before; merged weights cannot be switched off, and unmerging brings everything back."""
+    model = make_model()
+    before, base = {name: p.clone() for name, p in model.state_dict().items()}, logits_of(model)
+    names, parameters = lora.apply_lora(model, r=3, alpha=6.0), lora.lora_parameters(model)
+    same(logits_of(model), base)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parameters)
+    assert {f"{name}.{which}" for name in names for which in ("lora_A", "lora_B")} == set(parameters)
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.05)
+    for _ in range(3):
+        forward(model).sin().sum().backward()
+        optimizer.step()
+    adapted = logits_of(model)
+    same({name: p for name, p in model.state_dict().items() if name in before}, before)
+    with pytest.raises(KeyError), lora.lora_disabled(model):
+        with lora.lora_disabled(model):
+            same(logits_of(model), base)
+        same(logits_of(model), base)
+        raise KeyError
+    same(logits_of(model), adapted)
+    layers = list(lora.lora_layers(model).values())
+    layers[0].enabled = False
+    with lora.lora_disabled(model):
+        pass
+    assert [layer.enabled for layer in layers] == [False] + [True] * (len(layers) - 1)
+    layers[0].enabled, weights = True, [p.clone() for p in model.parameters()]
+    for act, merged in ((lora.merge, True), (lora.merge, True), (lora.unmerge, False), (lora.unmerge, False)):
+        act(model)  # twice does nothing more
+        roughly(logits_of(model), adapted)
+        assert merged == any((a - b).abs().max() > 1e-3 for a, b in zip(model.parameters(), weights))
+        if merged:
+            with pytest.raises(ValueError, match="merged"), lora.lora_disabled(model):
+                pytest.fail("switched off")
+    with lora.lora_disabled(model):
+        roughly(logits_of(model), base)
+        assert not torch.allclose(base, adapted, atol=1e-2)
+
+
+def test_lora_targets():
+    """The pattern names the decoder; plain suffixes also hit the Conformer's feed-forwards; refusals change nothing."""
+    model, names, layers = make_model(), shake_lora(make_model()), itertools.product((0, 1), PLAIN)
+    places = {p: "mlp" if p in PLAIN[4:] else "self_attn" for p in PLAIN}
+    assert sorted(names) == sorted(f"language_model.model.layers.{i}.{places[p]}.{p}" for i, p in layers)
+    more = set(shake_lora(make_model(), PLAIN)) - set(names)
+    assert more == {f"encoder.layers.{i}.{f}.{p}" for i in range(3) for f in ("ff1", "ff2") for p in PLAIN[5:]}
+    assert shake_lora(make_model(), ["proj"] + names[:1]) == names[:1]  # whole parts of a name only
+    for nothing in (["nope"], "q_proj", r".*layers\.7.*", []):
+        with pytest.raises(ValueError, match="LoRA targets"):
+            lora.apply_lora(model, nothing)
+    assert all(p.requires_grad for p in model.parameters())
+    shake_lora(model.bfloat16())
+    with pytest.raises(ValueError, match="already"):
+        lora.apply_lora(model)
+    forward(model, MEL.bfloat16()).sum().backward()  # adapters stay float32, or small steps would be rounded away
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.any() for p in lora.lora_parameters(model).values())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("targets", [lora.DECODER_TARGETS, PLAIN[:3], r".*language_model.*\.1\.self_attn\.(k|o)_proj"])
+def test_adapters_travel_to_peft_and_back(targets, tmp_path):
+    """PEFT, on transformers' model, reads what we write, and writes what we read."""
+    peft, theirs = pytest.importorskip("peft"), make_transformers(0, tmp_path / "base")
+    ours, again = (SpeechLM.from_pretrained(tmp_path / "base").eval() for _ in "ab")
+    base, _ = logits_of(ours), shake_lora(ours, targets, r=3, alpha=9.0)
+    lora.save_adapter(ours, tmp_path / "ours", alpha=9.0, dropout=0.1, targets=targets, base=str(tmp_path / "base"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)  # PEFT only warns of missing keys
+        adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    config, held = adapted.peft_config["default"], peft.get_peft_model_state_dict(adapted)
+    assert (config.base_model_name_or_path, config.lora_dropout) == (str(tmp_path / "base"), 0.1)
+    assert len(held) == len(lora.lora_parameters(ours)) and not torch.allclose(base, logits_of(ours), atol=1e-2)
+    roughly(their_logits(adapted, MEL)[1], logits_of(ours))
+    config = peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets, lora_dropout=0.1, init_lora_weights=False)
+    adapted = peft.get_peft_model(adapted.unload(), config).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    lora.load_adapter(again, tmp_path / "theirs")
+    roughly(logits_of(again), their_logits(adapted, MEL)[1])
+    assert not torch.allclose(logits_of(again), logits_of(ours), atol=1e-2)
+    with lora.lora_disabled(again):
+        same(logits_of(again), base)
+
+
+def test_adapter_files(tmp_path):
+    """A round trip keeps every bit; files that do not fit, or say what is not implemented, are refused by name."""
+    model, again = make_model(), make_model()
+    shake_lora(model, r=3, alpha=12.0)
+    lora.save_adapter(model, tmp_path, alpha=12.0, dropout=0.25)
+    lora.load_adapter(again, tmp_path)
+    same(logits_of(again), logits_of(model))
+    assert {layer.dropout.p for layer in lora.lora_layers(again).values()} == {0.25}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for changed in ({"r": 4}, {"target_modules": PLAIN[:1]}, {"target_modules": PLAIN}, {"use_rslora": True}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(ValueError, match=tmp_path.name):
+            lora.load_adapter(make_model(), tmp_path)
+
+
+# ---- data.py: features, BLEU, corpora, text, synthetic speech -------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [400, 559, 560, 719, 720, 1601, 16000, 33333])
+def test_log_mel_is_granite_speechs(samples):
+    """Of a single recording: transformers' feature extractor, which is torchaudio's MelSpectrogram inside."""
+    pytest.importorskip("torchaudio")
+    extractor, time = pytest.importorskip("transformers").GraniteSpeechFeatureExtractor(), torch.arange(samples) / 16000
+    audio = 0.3 * torch.sin(4000 * time * (1 + time)) * (time > 0.01) + 1e-4 * randn(samples) * (time < 0.9)
+    near(data.log_mel(audio), extractor(audio)["input_features"][0], atol=2e-5)
+    assert data.log_mel(0 * audio).isfinite().all() and len(data.log_mel(audio)) == (samples // 160 + 1) // 2
+
+
+PIECES = """the cat sat on a mat The CAT Mat don't it's 'quoted' "said" “curly” e.g. U.S. Mr. 3.14 1,000 1,000.5 1-2
+-7 7- 50% $5 #1 a/b a_b (x) [y] {z} <b> a&b &quot; &amp; &lt; &gt; &amp;quot; <skipped> - -- — … ... . , ; : ! ? .5 5.
+naïve café Ünïcödé 日本 日本語。 你好， ١٢٣ ½ № ß ﬁ 🎉 e\u0301 \u200b x\u00a0y 3.a a.3 3,a well-known co-\nop \n- -\n \n
+\t \r \u2028 \x1c \\ * + = @ | ~ ^ ` a.b""".split(" ")
+
+
+def nasty_pairs(n, seed):
+    """Hypotheses and references that share words, from none to all of them; some empty, many short."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        reference = rng.choices(PIECES, k=rng.choice([0, 1, 2, 3, 4, 5, 8, 13, 30]))
+        hypothesis = [w for w in reference if rng.random() < 0.9] if rng.random() < 0.8 else []
+        for _ in range(rng.choice([0, 0, 1, 3, 6])):
+            hypothesis.insert(rng.randint(0, len(hypothesis)), rng.choice(PIECES))
+        yield tuple(rng.choice([" ", " ", " ", "", "  "]).join(words) for words in (hypothesis, reference))
+
+
+def test_bleu_is_sacrebleus():
+    sacrebleu, rewards = pytest.importorskip("sacrebleu"), []
+    metric, exactly = sacrebleu.BLEU(effective_order=True), partial(pytest.approx, abs=1e-9)
+    for hypothesis, reference in nasty_pairs(4000, seed=0):
+        want = metric.sentence_score(hypothesis, [reference]).score
+        assert data.sentence_bleu(hypothesis, reference) == exactly(want), (hypothesis, reference)
+        want = metric.sentence_score(" ".join(hypothesis.split()), [" ".join(reference.split())]).score
+        rewards.append(data.reward(hypothesis, {"reference": reference}))
+        assert 100 * rewards[-1] == exactly(want) and 0 <= rewards[-1] <= 1
+    assert 0.1 < np.mean(np.array(rewards) > 0.5) < 0.9
+    for seed, lowercase in itertools.product(range(300), (False, True)):
+        answers, references = map(list, zip(*nasty_pairs([1, 2, 5, 20][seed % 4], seed + 1)))
+        want = sacrebleu.corpus_bleu(answers, [references], lowercase=lowercase).score
+        assert data.corpus_bleu(answers, references, lowercase) == exactly(want)
+
+
+def test_reward_and_slots_by_hand():
+    row = {"reference": "Anna  bought\tthe \n seven apples ."}
+    assert data.reward(" Anna\nbought the  seven apples.", row) == data.reward(row["reference"], row) == 1
+    assert data.reward("", row) == data.reward(" \n", row) == data.reward("zebra", row) == 0
+    assert 0 < data.reward("anna bought the seven apples.", row) < 1  # case counts
+    rows = [{"slots": ["Seven", "bought|purchased"]}, {}, {"slots": ["red"]}]
+    assert data.slot_accuracy(["She PURCHASED seven.", "red", "reddish"], rows) == 2 / 3
+    assert data.slot_accuracy(["seventy boughts", "", "a red, hat"], rows) == 1 / 3
+    assert math.isnan(data.slot_accuracy(["a"], [{}]))
+
+
+def write_tone(path, seconds, rate, channels=1):
+    """440 Hz on the first channel, silence on the others."""
+    time = np.arange(round(seconds * rate)) / rate
+    soundfile.write(path, np.stack([0.5 * np.sin(2 * np.pi * 440 * time), 0 * time], axis=1)[:, :channels], rate)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+def test_any_audio_becomes_16_khz_mono(kind, rate, tmp_path):
+    if rate != 16000:
+        pytest.importorskip("torchaudio")
+    for channels in (1, 2):
+        write_tone(tmp_path / f"tone.{kind}", 1.3, rate, channels)
+        line = json.dumps({"audio": f"tone.{kind}", "prompt": AUDIO + "?", "reference": "a"})
+        audio = data.load_audio(data.check_row(line.encode(), tmp_path, 30))
+        assert audio.dtype == torch.float32 and audio.ndim == 1
+        assert len(audio) == pytest.approx(1.3 * 16000, abs=1 if kind in ("wav", "flac") else 1200)
+        spectrum = torch.fft.rfft(audio[4000:12000]).abs() / 4000  # 2 Hz a bin
+        assert spectrum.argmax() == 220 and spectrum[220].item() == pytest.approx(0.5 / channels, abs=0.05)
+    for samples in (np.zeros(399), np.full(1000, np.nan), np.zeros(0)):
+        soundfile.write(tmp_path / "bad.wav", samples, 16000, subtype="FLOAT")
+        with pytest.raises(DataError, match="bad.wav"):
+            data.load_audio({"audio": str(tmp_path / "bad.wav")})
+
+
+def bad_lines(folder, row):
+    """What the error must say -> a line that must be refused."""
+    for name, seconds in (("long.wav", 2.1), ("empty.wav", 0), ("cut.flac", 1.5)):
+        write_tone(folder / name, seconds, 8000, 2)
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:-3000])
+    (folder / "text.wav").write_text("this is no audio " * 99)
+    lines = {
+        "not JSON": b'{"audio": ',
+        "not a JSON object": b'["a"]',
+        "not UTF-8": json.dumps(row, ensure_ascii=False).encode("latin-1", "replace"),
+    }
+    for reason, field, value in (
+        ("gone.wav does not exist", "audio", "gone.wav"),
+        ("audio file [^,]* does not exist", "audio", "."),
+        ("text.wav cannot be read", "audio", "text.wav"),
+        ("empty.wav is empty", "audio", "empty.wav"),
+        ("cut.flac", "audio", "cut.flac"),
+        (r"long.wav lasts 2.1 s.*--max-audio-seconds 2", "audio", "long.wav"),
+        ("'audio' is missing", "audio", ...),
+        ("'prompt' is missing", "prompt", ...),
+        ("'slots' is not", "slots", "ja"),
+        ("'reference' is missing", "reference", "  "),
+        ("'reference' .* not a string", "reference", 3),
+        ("'target' is not", "target", ["a"]),
+        ("'transcript' is not", "transcript", 1),
+        ("has 0 times", "prompt", "what?"),
+        ("has 2 times", "prompt", AUDIO + AUDIO),
+    ):
+        lines[reason] = json.dumps({k: v for k, v in {**row, field: value}.items() if v is not ...}).encode()
+    return lines
+
+
+def test_corpora_are_checked(tmp_path, capsys):
+    """Bad rows: file, line and reason of each; all counted, the first shown; --skip-bad-rows goes on and says so."""
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    row = {"audio": "a b.wav", "prompt": f"Hör:{AUDIO} was?", "reference": "日本 \u2028", "slots": ["ja"], "my": 1}
+    good, lines = 2 * (json.dumps(row, ensure_ascii=False).encode() + b"\n"), bad_lines(tmp_path, row)
+    write_tone(tmp_path / "a b.wav", 0.5, 16000)
+    for file in files.values():
+        file.write_bytes(good)
+    want = {**row, "audio": str(tmp_path / "a b.wav")}
+    assert data.load_corpus(tmp_path, 2) == {split: [want, want] for split in files}
+    for file in files.values():  # missing, or empty; test never stands in for validation
+        for change in (lambda path: path.unlink(), lambda path: path.write_text("")):
+            change(file)
+            with pytest.raises(DataError, match=file.name):
+                data.load_corpus(tmp_path, 2)
+        file.write_bytes(good)
+    for reason, line in lines.items():
+        files["validation"].write_bytes(good + line + b"\n" + good)
+        with pytest.raises(DataError, match=rf"(?s)\b1 bad row.*validation\.jsonl, line 3: .*{reason}"):
+            data.load_corpus(tmp_path, 2)
+        assert [len(rows) for rows in data.load_corpus(tmp_path, 2, skip_bad_rows=True).values()] == [2, 4, 2]
+        assert "1 bad row" in capsys.readouterr().out
+    files["train"].write_bytes(b"\n".join(lines.values()))  # and nothing left to go on with
+    with pytest.raises(DataError, match=rf"{len(lines) + 1} bad rows(.*\n)+.*--skip-bad-rows") as error:
+        data.load_corpus(tmp_path, 2)
+    assert all(f"train.jsonl, line {n}:" in str(error.value) for n in (1, 2, 3)) and len(str(error.value)) < 2000
+    with pytest.raises(DataError, match="train.jsonl"):
+        data.load_corpus(tmp_path, 2, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("task", ["qa", "translation"])
+def test_synthetic_corpus(task):
+    """No content twice, in whatever split; every slot is in reference and target and, asked for, in the audio; the
+    supervised wording is mostly not the rewarded one; who does not listen has few slots right."""
+    sizes = {"train": 400, "validation": 60, "test": 90}
+    splits = data.synthetic_corpus(task, sizes, seed=3)
+    rows, prompts = sum(splits.values(), []), {row["prompt"] for row in splits["train"]}
+    assert splits == data.synthetic_corpus(task, sizes, seed=3) != data.synthetic_corpus(task, sizes, seed=4)
+    assert {name: len(part) for name, part in splits.items()} == sizes
+    assert len({row["transcript"] for row in rows}) == len({row["audio"]["phones"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["prompt"].count(AUDIO) == 1 and not any(slot in row["prompt"] for slot in row["slots"])
+        for text in ("reference", "target", *["transcript"] * (task == "qa")):
+            assert data.slot_accuracy([row[text]], [row]) == 1
+    assert 0.8 < np.mean([row["target"] != row["reference"] for row in rows]) < 0.95
+    assert 20 < np.mean([data.sentence_bleu(row["target"], row["reference"]) for row in rows]) < 80
+    assert data.slot_accuracy([row["reference"] for row in rows], rows[1:] + rows[:1]) < 0.4
+    assert len({(row["prompt"], len(row["slots"])) for row in rows}) == len(prompts) == (3 if task == "qa" else 1)
+    assert set("".join(row["audio"]["phones"] for row in rows)) <= set(data.PHONES)
+
+
+@pytest.mark.parametrize("phones", ["anV bot sevVn red apVlz", "hjugo wA getsujou ni"])
+def test_synthesize(phones):
+    """16 kHz, audible, finite; the seed decides everything, nothing outside does; phones can be told apart."""
+    audio, state = data.load_audio({"audio": {"phones": phones, "seed": 7}}), torch.random.get_rng_state()
+    np.random.seed(1)
+    same((audio, state), (data.synthesize(phones, 7), torch.random.get_rng_state()))
+    assert audio.dtype == torch.float32 and audio.ndim == 1 and audio.isfinite().all()
+    assert 0.02 < audio.square().mean().sqrt() < 0.2 and audio.abs().max() < 1
+    assert 0.7 < len(audio) / sum(16 * data.PHONES[p][-1] for p in f" {phones} ") < 1.4
+    speakers = [data.log_mel(data.synthesize(phones, seed)) for seed in range(6)]
+    assert all((a[: len(b)] - b[: len(a)]).abs().mean() > 0.02 for a, b in itertools.combinations(speakers, 2))
+    spectra = [data.log_mel(data.synthesize(p * 8, 5)).unflatten(1, (2, 80)).mean((0, 1)) for p in "iAus"]
+    assert torch.pdist(torch.stack(spectra)).min() > 0.5
+
+
+def test_tokenizer_and_alphabet(tmp_path):
+    rows = [row for task in ("qa", "translation") for row in data.synthetic_corpus(task, {"train": 150}, 0)["train"]]
+    (tmp_path / "tokenizer.model").write_bytes(data.Tokenizer.train(rows))
+    assert data.Tokenizer.train(rows) == (tmp_path / "tokenizer.model").read_bytes()
+    tokenizer = data.Tokenizer(tmp_path / "tokenizer.model")
+    eos, audio, answer, size = tokenizer.eos_id, tokenizer.audio_id, tokenizer.answer_id, tokenizer.vocab_size
+    assert len({eos, audio, answer}) == 3 and all(0 < i < size for i in (eos, audio, answer))
+    for text in (*(row["reference"] for row in rows), "日本語 🎉 ñ", "Zürich, 3.14% <b>", "q\u0301 </s> \u200b|", ""):
+        ids = tokenizer.encode_answer(text)
+        assert tokenizer.decode(ids) == tokenizer.decode(ids[:-1]) == text
+        assert ids[-1] == eos and ids.count(eos) == 1 and len(ids) < 35
+    for ids in (tokenizer.encode_prompt(row["prompt"]) for row in rows):
+        assert ids.count(audio) == ids.count(answer) == 1 and ids[-1] == answer
+    for ids in np.random.default_rng(0).integers(size, size=(200, 12)).tolist():  # whatever a model says can be shown
+        assert isinstance(tokenizer.decode(ids), str) and len(tokenizer.pieces(ids)) == 12
+    alphabet = data.Alphabet.of([{"transcript": "cab a"}, {}, {"transcript": "bad"}])
+    assert len(alphabet) == 6 and sorted(alphabet.encode("abcd ")) == [1, 2, 3, 4, 5]  # 0 is CTC's blank
+    assert alphabet.encode("bad?") == [alphabet.encode(c)[0] for c in "bad"] and alphabet.encode("") == []
+
+
+@pytest.mark.parametrize("budget, batches, kept", [(0, 1, 0), (40, 2, 3), (10000, 3, 9)])
+def test_cache_does_not_depend_on_the_order_of_questions(budget, batches, kept):
+    """Items are computed in fixed company, or alone, whoever asks for what; and the budget in bytes is kept."""
+    calls = []
+
+    def compute(indices):  # 4 (i + 1) bytes each, and a trace of the company
+        calls.append(indices)
+        return [torch.full((i + 1,), i + len(indices) / 100) for i in indices]
+
+    cache = data.Cache(compute, 9, budget * 1e-9, "testing", batch=3)
+    first = [cache([i])[0] for i in range(9)]
+    assert [(len(t), int(t[0])) for t in first] == [(i + 1, i) for i in range(9)]
+    for asked in np.random.default_rng(0).integers(9, size=(20, 5)).tolist():
+        same(cache(asked), [first[i] for i in asked])
+    assert calls[:batches] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]][:batches] and {len(c) for c in calls[batches:]} <= {1}
+    assert len(cache.kept) == kept and sum(tensor.nbytes for tensor in cache.kept) <= budget
+
+
+# ---- corpora/asterisk.py --------------------------------------------------------------------------------------------
+
+
+def make_packages(root):
+    """A made-up tree in the packages' layout: every recording a short sine burst of its own pitch, 30 sentences each."""
+    rng = np.random.default_rng(0)
+
+    def burst(path, seconds):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        time = np.arange(int(8000 * seconds)) / 8000
+        tone = 0.3 * np.sin(2 * np.pi * rng.uniform(200, 3000) * time).astype(np.float32)
+        soundfile.write(path, np.pad(tone, 400), 8000, subtype="PCM_16")
+
+    for language, voice in asterisk.VOICES.items():
+        for name in asterisk.LEXICON[language]:
+            burst(root / "sounds" / voice / f"{name}.wav", rng.uniform(0.1, 0.3))
+        if language not in asterisk.TRANSCRIBED:
+            continue
+        lines = ["; a comment", "digits/1: one", "beep: [a tone]", "vm-none:", "unrecorded: Nobody said this."]
+        for i in range(30):
+            burst(root / "sounds" / voice / f"vm-{i}.wav", 0.6)
+            first, last = divmod(i, 6)
+            lines.append(f"vm-{i}: Sentence{'abcdef'[first]} number{'uvwxyz'[last]}, café 7...")
+        path = root / "doc" / asterisk.TRANSCRIPT.format(language)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+def build_asterisk(root, name, *extra):
+    asterisk.main(
+        [
+            "--out",
+            str(root / name),
+            "--sounds",
+            str(root / "sounds"),
+            "--transcripts",
+            str(root / "doc"),
+            "--train",
+            "64",
+            "--validation",
+            "24",
+            "--test",
+            "24",
+            *extra,
+        ]
+    )
+    return {
+        split: [json.loads(line) for line in (root / name / f"{split}.jsonl").open(encoding="utf-8")]
+        for split in asterisk.SPLITS
+    }
+
+
+def words(text):
+    return re.sub(r"[^\w\s']", " ", text.lower()).split()
+
+
+def test_asterisk_corpus(tmp_path, capsys):
+    pytest.importorskip("torchaudio")
+    make_packages(tmp_path)
+    rows = build_asterisk(tmp_path, "made")
+    assert {split: len(part) for split, part in rows.items()} == {"train": 64, "validation": 24, "test": 24}
+    assert {row["group"] for row in rows["train"]} == set(asterisk.MIX)
+    differ = 0
+    for row in (row for part in rows.values() for row in part):
+        assert row["prompt"].startswith("<|audio|>") and row["prompt"].count("<|audio|>") == 1
+        assert re.fullmatch(r"[a-z' ]+", row["transcript"])
+        info = soundfile.info(tmp_path / "made" / row["audio"])
+        assert info.samplerate == 16000 and info.channels == 1 and 0.3 < info.duration < 7
+        if row["group"].startswith("prompts-"):
+            assert "slots" not in row and row["reference"] == row["target"]
+            assert re.fullmatch(r"Sentence[a-f] number[u-z], café (seven|sept|siete)", row["reference"])
+            continue
+        differ += row["reference"] != row["target"]
+        for text in (row["reference"], row["target"]):
+            assert 7 <= len(words(text)) <= 16
+            assert all(words(text).count(slot) == 1 for slot in row["slots"]), row  # there, and not in the carrier
+        assert not set(row["slots"]) & set(words(row["prompt"]))
+    assert differ > 60  # taste is at random in targets, a function of the content in references
+
+    # Splits are disjoint: contents across languages and questions (told by slots), sentences by their words.
+    def contents(split):
+        composed = {
+            (row["group"].split("-")[1], tuple(row["slots"]))
+            for row in rows[split]
+            if "slots" in row and row["group"] != "en-sequence-question"
+        }  # whose slots may be a part
+        numbers = {row["transcript"] for row in rows[split] if row["group"] == "en-sequence-question"}
+        return composed | numbers | {(row["group"], row["transcript"]) for row in rows[split] if "slots" not in row}
+
+    train, validation, test = map(contents, asterisk.SPLITS)
+    assert not (train & validation or train & test or validation & test)
+
+    # The same seed gives the same bytes, another one does not; a folder in use is left alone, and nothing half-made.
+    capsys.readouterr()
+    build_asterisk(tmp_path, "again")
+    printed = capsys.readouterr().out
+    assert all(group in printed for group in asterisk.MIX) and "hours" in printed
+    for path in (tmp_path / "made").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "made")).read_bytes(), path
+    other = build_asterisk(tmp_path, "other", "--seed", "1")
+    assert [row["reference"] for row in other["train"]] != [row["reference"] for row in rows["train"]]
+    with pytest.raises(SystemExit, match="not empty"):
+        build_asterisk(tmp_path, "made")
+    assert {path.name for path in tmp_path.iterdir()} == {"sounds", "doc", "made", "again", "other"}
+
+
+def test_asterisk_without_torchaudio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)  # makes its import fail
+    with pytest.raises(SystemExit, match="torchaudio does not import .*; fix: pip install"):
+        asterisk.resample(np.zeros(8000, np.float32), 8000)
+
+
+def test_asterisk_missing_packages(tmp_path, capsys):
+    make_packages(tmp_path)
+    (tmp_path / "sounds" / asterisk.VOICES["ru"] / "digits" / "3.wav").unlink()
+    (tmp_path / "doc" / asterisk.TRANSCRIPT.format("fr")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        build_asterisk(tmp_path, "made")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and not (tmp_path / "made").exists()
+    assert re.search(r"apt-get install .*asterisk-core-sounds-fr asterisk-core-sounds-ru-wav\n", message)
+    assert "asterisk-core-sounds-en" not in message
+
+
+# ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------
+TINY = ("--train-rows 24 --validation-rows 4 --test-rows 6 --ctc-steps 3 --sft-steps 4 --base-batch 4 --steps 4 --prompts 4 "
+        "--update-prompts 2 --micro-prompts 2 --responses 4 --max-new-tokens 8 --lora-r 4 --eval-every 2 --eval-passes 1 "
+        "--save-every 2 --device cpu").split()  # fmt: skip
+TIMINGS = ("seconds", "sampling_share", "credit_share", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A whole run in miniature that nobody interrupts; its base model is shared by the tests below."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+def base_of(run):
+    return str(run.parent / "base-qa-seed0")
+
+
+def metrics(folder, stage="policy"):
+    rows = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(a, b):
+    """Weights bit for bit, metrics and results to the last digit."""
+    weights_a, weights_b = adapter(a), adapter(b)
+    assert weights_a.keys() == weights_b.keys() and all(torch.equal(weights_a[k], weights_b[k]) for k in weights_a)
+    base_a, base_b = (load_file(folder.parent / "base-qa-seed0" / "model.safetensors") for folder in (a, b))
+    assert all(torch.equal(base_a[k], base_b[k]) for k in base_a)
+    assert repr(metrics(a)) == repr(metrics(b))  # repr: nan equals nan
+    results_a, results_b = (json.loads((folder / "results.json").read_text()) for folder in (a, b))
+    assert repr(results_a["base"]) == repr(results_b["base"]) and repr(results_a["trained"]) == repr(
+        results_b["trained"]
+    )
+
+
+@pytest.mark.parametrize("update", [2, 6, 11])  # of 3 in CTC, then 4 in next-token training, then 8 of the policy
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_exactly(update, number, first_run, tmp_path, monkeypatch):
+    calls, step = [], train.Updater.step
+
+    def interrupted(self, *args):
+        calls.append(None)
+        if len(calls) == update:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.Updater, "step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 128 + number and len(calls) < 15
+    train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert_same_run(first_run, tmp_path / "run")
+
+
+# Dies without a chance to clean up, at the n-th call of the named function.
+KILLED = """
+import os, sys, train
+module, name, count = {where}
+original, calls = getattr(module, name), []
+def dying(*args, **kwargs):
+    calls.append(None)
+    if len(calls) == count:
+        os.kill(os.getpid(), 9)
+    return original(*args, **kwargs)
+setattr(module, name, dying)
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where", [
+    "(os, 'rename', 5)",  # the policy's first checkpoint is written and not yet in place
+    "(train, 'save_file', 6)",  # in the middle of its second checkpoint
+    "(train.shutil, 'rmtree', 1)",  # while an old checkpoint or the base's work is cleaned away
+    "(train.Updater, 'step', 13)",  # between checkpoints, with metrics already logged past the last one
+    "(train, 'write_json', 4)",
+])  # fmt: skip
+def test_kill_9_at_any_moment_loses_nothing(where, first_run, tmp_path):
+    command = [sys.executable, "-c", KILLED.format(where=where), *TINY, "--out", str(tmp_path / "run")]
+    killed = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert killed.returncode == -9, killed.stderr
+    train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert_same_run(first_run, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("saving-*"))
+
+
+def test_metrics_say_what_to_watch(first_run):
+    rows = metrics(first_run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    wanted = {"loss", "reward", "reward_std", "kl", "clip_fraction", "ratio", "ratio_gap", "grad_norm", "lr", "equal_rewards",
+              "response_length", "fork_fire", "usable_fork_fire"}  # fmt: skip
+    for row in rows:
+        assert wanted <= row.keys() and all(math.isfinite(row[k]) for k in wanted)
+        assert row["first_ratio_gap"] < 1e-5  # LoRA's B is no longer zero from the second row on
+    assert "validation_bleu" in rows[1] and "validation_bleu" not in rows[0]
+
+
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(first_run, capsys):
+    before = (first_run / "policy.jsonl").read_bytes()
+    train.main([*TINY, "--out", str(first_run)])
+    assert "is finished" in capsys.readouterr().out and (first_run / "policy.jsonl").read_bytes() == before
+    with pytest.raises(train.UserError, match=r"(?s)another configuration.*lr: 0.00\d+ there, 0.5 now"):
+        train.main([*TINY, "--out", str(first_run), "--lr", "0.5"])
+    with pytest.raises(train.UserError, match=r"(?s)base-qa-seed0.*ctc_steps: 3 there, 5 now"):
+        train.main([*TINY, "--out", str(first_run.parent / "other"), "--ctc-steps", "5"])
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--algo", "ppo"], "algo"), (["--no-such-flag"], "no-such-flag"), (["--lr", "fast"], "lr"), (["--top-p", "0"], "top_p"),
+    (["--prompts", "4", "--update-prompts", "3"], "update_prompts"), (["--responses", "0"], "responses"),
+    (["--data", "nowhere"], "train.jsonl"), (["--samples", "3"], "--ask"),
+    (["--ask", "nowhere.wav", "What?"], "no finished run"),
+])  # fmt: skip
+def test_bad_flags_get_one_line_and_exit_code_2(flags, word, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path / "run"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def record_rollouts(monkeypatch):
+    """Every call of the sampler with K > 1: its rollout."""
+    rollouts, sample = [], SpeechLM.sample
+
+    def recording(self, prompts, noise, *args):
+        rollout = sample(self, prompts, noise, *args)
+        if noise.shape[1] > 1:
+            rollouts.append(rollout)
+        return rollout
+
+    monkeypatch.setattr(SpeechLM, "sample", recording)
+    return rollouts
+
+
+def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_path, monkeypatch):
+    rollouts = record_rollouts(monkeypatch)
+    monkeypatch.setattr(data, "reward", lambda answer, row: sum(map(ord, answer)) % 11 / 11)  # this base scores 0
+    for algo in ("leaf", "grpo"):
+        train.main([*TINY, "--algo", algo, "--base", base_of(first_run), "--out", str(tmp_path / algo), "--steps", "2"])
+    half = len(rollouts) // 2
+    leafs, grpos = rollouts[1:half], rollouts[half + 1 :]  # without the examples shown before training
+    assert len(leafs) == len(grpos) and all(a.tokens.shape == b.tokens.shape for a, b in zip(leafs, grpos))
+    assert torch.equal(leafs[0].tokens, grpos[0].tokens) and torch.equal(leafs[0].logp, grpos[0].logp)
+    first_leaf, first_grpo = metrics(tmp_path / "leaf")[0], metrics(tmp_path / "grpo")[0]
+    assert first_leaf["reward"] == first_grpo["reward"] and first_leaf["loss"] != first_grpo["loss"]
+    a, b = adapter(tmp_path / "leaf"), adapter(tmp_path / "grpo")
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path):
+    runs = []
+    for micro in ("1", "2", "4"):
+        train.main([*TINY, "--base", base_of(first_run), "--out", str(tmp_path / micro), "--steps", "2", "--update-prompts", "4",
+                    "--micro-prompts", micro])  # fmt: skip
+        runs.append(adapter(tmp_path / micro))
+    for other in runs[1:]:
+        for name, tensor in runs[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-3)
+    gradients = [metrics(tmp_path / micro)[0]["grad_norm"] for micro in ("1", "2", "4")]
+    assert gradients == pytest.approx([gradients[0]] * 3, rel=1e-5)
+
+
+def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch):
+    """All responses of one prompt get the same reward: only the others may be credited, and only their own tokens."""
+    seen, rewards, policy_loss = [], [], leaf.policy_loss
+
+    def reward(answer, row):
+        rewards.append(row["prompt"])
+        return 0.5 if row["prompt"].endswith("happened?") else len(rewards) % 7 / 7
+
+    def loss(logp, old_logp, ref_logp, advantages, mask, **settings):
+        seen.append((advantages.clone(), mask.clone()))
+        return policy_loss(logp, old_logp, ref_logp, advantages, mask, **settings)
+
+    monkeypatch.setattr(data, "reward", reward)
+    monkeypatch.setattr(leaf, "policy_loss", loss)
+    for algo in ("leaf", "grpo"):
+        seen.clear(), rewards.clear()
+        train.main([*TINY, "--algo", algo, "--base", base_of(first_run), "--out", str(tmp_path / algo), "--steps", "3",
+                    "--eval-every", "0"])  # fmt: skip
+        advantages, masks = (torch.cat([F.pad(x, (0, 8 - x.shape[1])) for x in xs]) for xs in zip(*seen))
+        training = rewards[6 + 2 * 4 :][
+            : 3 * 4 * 4
+        ]  # after the base's evaluation (6 rows) and 2 examples of 4 responses
+        equal = torch.tensor([p.endswith("happened?") for p in training])
+        assert equal.any() and not equal.all() and len(equal) == len(advantages)
+        assert not advantages[equal].any() and advantages[~equal].any(1).all()
+        assert not advantages[~masks.bool()].any()
+
+
+def test_lora_dropout_acts_in_the_update_only(first_run, tmp_path, monkeypatch):
+    rollouts = record_rollouts(monkeypatch)
+    for p in ("0", "0.5"):
+        train.main(
+            [*TINY, "--lora-dropout", p, "--base", base_of(first_run), "--out", str(tmp_path / p), "--steps", "3"]
+        )
+    half = len(rollouts) // 2
+    assert torch.equal(rollouts[1].tokens, rollouts[half + 1].tokens)
+    model, tokenizer = (
+        SpeechLM.from_pretrained(base_of(first_run)),
+        data.Tokenizer(Path(base_of(first_run)) / "tokenizer.model"),
+    )
+    lora.load_adapter(model, tmp_path / "0.5" / "adapter")
+    assert all(layer.dropout.p == 0.5 for layer in lora.lora_layers(model).values())
+    plain, dropped = metrics(tmp_path / "0"), metrics(tmp_path / "0.5")
+    assert all(row["first_ratio_gap"] < 1e-5 for row in plain) and dropped[2]["first_ratio_gap"] > 1e-4
+    # The last rollout came from the adapter of step 2 without dropout: step 3's examples repeat it from the saved one.
+    assert dropped[0]["reward"] == plain[0]["reward"] and tokenizer.eos_id
+
+
+@pytest.mark.parametrize("poisoned, survives", [(1, True), (99, False)])
+def test_a_non_finite_loss_skips_the_update(poisoned, survives, first_run, tmp_path, monkeypatch, capsys):
+    calls, policy_loss = [], leaf.policy_loss
+
+    def loss(*args, **settings):
+        calls.append(None)
+        value, stats = policy_loss(*args, **settings)
+        return (
+            (value * math.nan, stats | {"loss": stats["loss"] * math.nan}) if len(calls) <= poisoned else (value, stats)
+        )
+
+    monkeypatch.setattr(leaf, "policy_loss", loss)
+    command = [*TINY, "--base", base_of(first_run), "--out", str(tmp_path / "run"), "--steps", "6"]
+    if survives:
+        train.main(command)
+        assert all(t.isfinite().all() for t in adapter(tmp_path / "run").values())
+    else:
+        with pytest.raises(train.UserError, match="10 updates in a row"):
+            train.main(command)
+    assert "skipped an update" in capsys.readouterr().out
+
+
+def write_corpus(folder, transcripts=True, rows=12):
+    """A corpus of short tones at 16 kHz; the reference names the tone."""
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        lines = []
+        for i in range(rows):
+            time = torch.arange(6400 + 160 * i) / 16000
+            soundfile.write(
+                folder / f"{split}{i}.wav", (0.3 * torch.sin(2 * math.pi * 300 * (1 + i % 3) * time)).numpy(), 16000
+            )
+            row = {
+                "audio": f"{split}{i}.wav",
+                "prompt": "<|audio|>Which tone?",
+                "reference": f"Tone {'abc'[i % 3]} it is.",
+            }
+            lines.append(json.dumps(row | ({"transcript": "abc"[i % 3], "group": "g"} if transcripts else {})))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("transcripts", [True, False])
+def test_a_corpus_of_ones_own(transcripts, tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "tones", transcripts)
+    train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert ("CTC is skipped" in out) != transcripts and ("BLEU greedy, g" in out) == transcripts
+    assert (tmp_path / "base-tones-seed0" / "ctc.jsonl").exists() == transcripts
+    train.main(["--ask", str(corpus / "test0.wav"), "Which tone?", "--out", str(tmp_path / "run"), "--device", "cpu"])
+
+
+def test_a_bad_corpus_is_refused_whole(tmp_path, capsys):
+    """Every bad row is counted, nothing is written; --skip-bad-rows goes on without them and says how many."""
+    corpus = write_corpus(tmp_path / "tones")
+    lines = (corpus / "train.jsonl").read_text().splitlines()
+    (corpus / "train.jsonl").write_text(
+        "\n".join(lines + ['{"audio": "gone.wav", "prompt": "<|audio|>?", "reference": "x"}', "{"])
+    )
+    command = [*TINY, "--data", str(corpus), "--out", str(tmp_path / "run")]
+    with pytest.raises(data.DataError, match=r"(?s)2 bad rows.*train.jsonl, line 13: .*gone.wav.*line 14: not JSON"):
+        train.main(command)
+    assert {p.name for p in tmp_path.iterdir()} == {"tones"}
+    train.main([*command, "--skip-bad-rows"])
+    assert "skipping 2 bad rows" in capsys.readouterr().out
+    (corpus / "validation.jsonl").unlink()
+    with pytest.raises(data.DataError, match="validation.jsonl is missing"):
+        train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "other")])
+
+
+def test_ask_answers_and_draws_the_tree(first_run, capsys):
+    command = ["--ask", str(first_run / "example.wav"), "What happened?", "--out", str(first_run), "--device", "cpu"]
+    train.main(command)
+    answer = capsys.readouterr().out
+    train.main([*command, "--samples", "4", "--reference", "Anna bought the two red apples at the market on Monday."])
+    tree = capsys.readouterr().out
+    assert tree.startswith(answer) and "root  n=4  V=" in tree and "boundaries [" in tree
+    assert sum("response" in line and "r=" in line for line in tree.splitlines()) == 4
+    with pytest.raises(data.DataError, match="missing.wav"):
+        train.main(["--ask", "missing.wav", "What?", "--out", str(first_run), "--device", "cpu"])
+
+
+def test_order_and_swap():
+    assert sorted(data.order(10, [0], 0, 10)) == list(range(10)) and sorted(data.order(10, [0], 10, 10)) == list(
+        range(10)
+    )
+    assert data.order(10, [0], 0, 25)[7:25] == data.order(10, [0], 7, 18) and data.order(10, [0], 0, 10) != data.order(
+        10, [1], 0, 10
+    )
+    rows = [{"prompt": p} for p in "abaabcb"]
+    other = data.swap(rows)
+    assert sorted(other) == list(range(7)) and all(rows[i]["prompt"] == rows[j]["prompt"] for i, j in enumerate(other))
+    assert [i for i, j in enumerate(other) if i == j] == [5]  # the only row of its prompt
+
+
+def test_noise_is_keyed_by_prompt_and_response():
+    u = data.noise([3, 1], [5, 9], 4, 6, "cpu")
+    assert torch.equal(u[1:, :2], data.noise([3, 1], [9], 2, 6, "cpu")) and u.unique().numel() == 48
+    assert not torch.equal(u, data.noise([3, 2], [5, 9], 4, 6, "cpu"))
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth():
+    cfg = train.Config(warmup=0.1, final_lr=0.1)
+    rates = [train.learning_rate(cfg, 2.0, p) for p in (0.05, 0.1, 0.55, 1.0)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0 * (0.1 + 0.9 * 0.5), 0.2])
