@@ -516,7 +516,7 @@ class SpeechLM(nn.Module):
         return self.language_model.model.embed_tokens.weight.dtype
 
     def init_weights(self, seed: int):
-        """For a model to be trained from scratch: weights of variance 1 / fan_in, biases 0; reproducible by the seed."""
+        """For a model to be trained from scratch: weights of variance 1 / fan_in, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv1d)):

@@ -387,6 +387,13 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
 # The method's loop: rollouts -> rewards -> credit -> update
 
 
+LOG_LINE = (
+    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  clipped {clip_fraction:.3f}  "
+    "ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  equal rewards {equal_rewards:.2f}  "
+    "usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
+)
+
+
 def credit(cfg: Config, tokens, lengths, surprisal, rewards):
     """One prompt's (K, T) advantages and its fork statistics."""
     boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
@@ -472,12 +479,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
             greedy = answer(model, tokenizer, validation, cfg)
             references = [row["reference"] for row in validation.rows]
             metrics["validation_bleu"] = data.corpus_bleu(greedy, references, lowercase=True)
-            tqdm.write(
-                "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  "
-                "clipped {clip_fraction:.3f}  ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  "
-                "equal rewards {equal_rewards:.2f}  usable forks {usable_fork_fire:.2f}  "
-                "{tokens_per_second:.0f} tokens/s".format(step=step + 1, **metrics)
-            )
+            tqdm.write(LOG_LINE.format(step=step + 1, **metrics))
         return metrics
 
     fit("policy", folder, cfg.steps, parameters, updater.optimizer, cfg, cfg.seed, step)
@@ -501,11 +503,10 @@ def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
 
 def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count: int = 2):
     """A few prompts: the reference, the greedy answer, and the best and worst of K responses shaded by their credit."""
-    K = max(2, cfg.responses)
     indices = list(range(min(count, len(split.rows))))
     prompts = split.batch(model, indices)
     greedy = model.sample(prompts, data.noise([0], indices, 1, cfg.max_new_tokens, model.device), tokenizer.eos_id, 0.0)
-    u = data.noise([cfg.base_seed, 6], indices, K, cfg.max_new_tokens, model.device)
+    u = data.noise([cfg.base_seed, 6], indices, max(2, cfg.responses), cfg.max_new_tokens, model.device)
     rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
     print(f"\n{title}")
     for n, i in enumerate(indices):
@@ -591,11 +592,13 @@ def check_same(folder: Path, settings: dict, file: str):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="python train.py [flags]", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for f in fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        shown = f"{text} (default: {f'{f.default:.4g}' if isinstance(f.default, float) else f.default})"
+        default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
+        shown = text if default == "" else f"{text} (default: {default})"
         if isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
         else:
@@ -666,7 +669,9 @@ def main(argv=None):
     # Measure again, and show.
     result = evaluate(model, tokenizer, splits["test"], cfg)
     show_examples("After", model, tokenizer, splits["test"], cfg)
-    took = {"seconds": time.time() - began, "peak_memory_gb": peak_memory(device), "device": str(device)}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes, KiB
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+    took = {"seconds": time.time() - began, "peak_memory_gb": memory / 1e9, "device": str(device)}
     results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result} | took
     write_json(folder / "results.json", results)
     show_table(results)
@@ -681,12 +686,6 @@ base        {base_folder}
 ask it      python train.py --ask {recording} "{question}" --out {folder}
 its tree    ... --samples 8 --reference "{example['reference']}"
 took        {took['seconds']:.0f} s, peak memory {took['peak_memory_gb']:.1f} GB""")
-
-
-def peak_memory(device) -> float:
-    """Of this process so far, in GB: on the GPU, or resident in the host's memory (macOS counts bytes, Linux KiB)."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 1e9
 
 
 if __name__ == "__main__":
