@@ -1419,23 +1419,26 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
 
 
 def test_lora_dropout_acts_in_the_update_only(first_run, tmp_path, monkeypatch):
-    rollouts = record_rollouts(monkeypatch)
-    for p in ("0", "0.5"):
-        train.main(
-            [*TINY, "--lora-dropout", p, "--base", base_of(first_run), "--out", str(tmp_path / p), "--steps", "3"]
-        )
-    half = len(rollouts) // 2
-    assert torch.equal(rollouts[1].tokens, rollouts[half + 1].tokens)
-    model, tokenizer = (
-        SpeechLM.from_pretrained(base_of(first_run)),
-        data.Tokenizer(Path(base_of(first_run)) / "tokenizer.model"),
-    )
-    lora.load_adapter(model, tmp_path / "0.5" / "adapter")
-    assert all(layer.dropout.p == 0.5 for layer in lora.lora_layers(model).values())
-    plain, dropped = metrics(tmp_path / "0"), metrics(tmp_path / "0.5")
-    assert all(row["first_ratio_gap"] < 1e-5 for row in plain) and dropped[2]["first_ratio_gap"] > 1e-4
-    # The last rollout came from the adapter of step 2 without dropout: step 3's examples repeat it from the saved one.
-    assert dropped[0]["reward"] == plain[0]["reward"] and tokenizer.eos_id
+    """Never in rollouts, old or reference log-probabilities or evaluation, after the first update included."""
+    modes = []
+
+    def watch(name):
+        original = getattr(SpeechLM, name)
+
+        def watching(self, *args, **kwargs):
+            dropping = any(layer.training for layer in lora.lora_layers(self).values())
+            modes.append((name, torch.is_grad_enabled(), dropping))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(SpeechLM, name, watching)
+
+    watch("sample"), watch("response_logp")
+    train.main([*TINY, "--lora-dropout", "0.5", "--base", base_of(first_run), "--out", str(tmp_path / "run")])
+    assert {mode[0] for mode in modes} == {"sample", "response_logp"}
+    for name, gradient, dropping in modes:
+        assert dropping == (name == "response_logp" and gradient)
+    assert metrics(tmp_path / "run")[0]["first_ratio_gap"] < 1e-5  # B is still zero
+    assert metrics(tmp_path / "run")[3]["first_ratio_gap"] > 1e-5
 
 
 @pytest.mark.parametrize("poisoned, survives", [(1, True), (99, False)])

@@ -3,8 +3,8 @@
     python -m experiments.keep runs/qa-leaf-seed0 runs/qa-leaf-seed1 ...      copy into experiments/results/
     python -m experiments.keep                                                print the table of what is kept
 
-For each run: RUN.json (settings, results on the test split, seconds, memory, machine) and RUN.jsonl (metrics of every
-step of policy optimisation). The table has a row per task and algorithm, the mean over its runs.
+For each run: RUN.json (settings, results on the test split, seconds, memory, machine) and, with --metrics, RUN.jsonl
+(metrics of every step of policy optimisation). The table has a row per task and algorithm, the mean over its runs.
 """
 
 import argparse
@@ -29,8 +29,11 @@ def processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
-def keep(run: Path):
+def keep(run: Path, metrics: bool):
     results = json.loads((run / "results.json").read_text())
+    config = results["config"]  # without the places things lay at
+    kept = {k: v for k, v in config.items() if k not in ("out", "base")}
+    results["config"] = kept | {"data": Path(config["data"]).name}
     results["machine"] = {
         "processor": processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -38,7 +41,8 @@ def keep(run: Path):
         "torch": torch.__version__,
     }
     (RESULTS / f"{run.name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    shutil.copy(run / "policy.jsonl", RESULTS / f"{run.name}.jsonl")
+    if metrics:
+        shutil.copy(run / "policy.jsonl", RESULTS / f"{run.name}.jsonl")
 
 
 def show():
@@ -46,8 +50,7 @@ def show():
     for file in sorted(RESULTS.glob("*.json")):
         result = json.loads(file.read_text())
         config = result["config"]
-        task = Path(config["data"]).name if config["data"] else config["task"]
-        groups[task, config["algo"], config["base_seed"]].append(result)
+        groups[config["data"] or config["task"], config["algo"], config["base_seed"]].append(result)
     print("| task, algorithm, base | runs | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for (task, algo, base), runs in groups.items():
@@ -62,8 +65,10 @@ def show():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
-    for run in parser.parse_args().runs:
-        keep(run)
+    parser.add_argument("--metrics", action="store_true", help="keep the metrics of every step, too")
+    args = parser.parse_args()
+    for run in args.runs:
+        keep(run, args.metrics)
     show()
 
 
