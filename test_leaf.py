@@ -30,7 +30,7 @@ import soundfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import leaf
@@ -497,6 +497,9 @@ def make_transformers(seed, folder):
     theirs = hf.GraniteSpeechForConditionalGeneration(hf.GraniteSpeechConfig(**config, has_lora_adapter=False))
     shake(theirs, 0.3).generation_config.eos_token_id = None
     theirs.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")  # transformers 5.20, Python 3.10's last, doubles a prefix here
+    weights = {name.replace("language_model.model.model.", "language_model.model."): w for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors")
     return theirs
 
 
