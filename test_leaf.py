@@ -1100,7 +1100,7 @@ def test_cache_does_not_depend_on_the_order_of_questions(budget, batches, kept):
 
 
 def make_packages(root):
-    """A made-up tree in the packages' layout: every recording a short sine burst of its own pitch, 30 sentences each."""
+    """A made-up tree in the packages' layout: each recording a short sine burst of its own pitch, 30 sentences each."""
     rng = np.random.default_rng(0)
 
     def burst(path, seconds):
@@ -1221,9 +1221,11 @@ def test_asterisk_missing_packages(tmp_path, capsys):
 
 
 # ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------
-TINY = ("--train-rows 24 --validation-rows 4 --test-rows 6 --ctc-steps 3 --sft-steps 4 --base-batch 4 --steps 4 --prompts 4 "
-        "--update-prompts 2 --micro-prompts 2 --responses 4 --max-new-tokens 8 --lora-r 4 --eval-every 2 --eval-passes 1 "
-        "--save-every 2 --device cpu").split()  # fmt: skip
+TINY = """
+    --train-rows 24 --validation-rows 4 --test-rows 6 --ctc-steps 3 --sft-steps 4 --base-batch 4 --steps 4 --prompts 4
+    --update-prompts 2 --micro-prompts 2 --responses 4 --max-new-tokens 8 --lora-r 4 --eval-every 2 --eval-passes 1
+    --save-every 2 --device cpu
+""".split()
 TIMINGS = ("seconds", "sampling_share", "credit_share", "tokens_per_second")
 
 
@@ -1320,8 +1322,10 @@ def test_kill_9_at_any_moment_loses_nothing(where, first_run, tmp_path):
 def test_metrics_say_what_to_watch(first_run):
     rows = metrics(first_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    wanted = {"loss", "reward", "reward_std", "kl", "clip_fraction", "ratio", "ratio_gap", "grad_norm", "lr", "equal_rewards",
-              "response_length", "fork_fire", "usable_fork_fire"}  # fmt: skip
+    wanted = set(
+        "loss reward reward_std kl clip_fraction ratio ratio_gap grad_norm lr equal_rewards response_length fork_fire "
+        "usable_fork_fire".split()
+    )
     for row in rows:
         assert wanted <= row.keys() and all(math.isfinite(row[k]) for k in wanted)
         assert row["first_ratio_gap"] < 1e-5  # LoRA's B is no longer zero from the second row on
@@ -1339,7 +1343,8 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(first_ru
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--algo", "ppo"], "algo"), (["--no-such-flag"], "no-such-flag"), (["--lr", "fast"], "lr"), (["--top-p", "0"], "top_p"),
+    (["--algo", "ppo"], "algo"), (["--no-such-flag"], "no-such-flag"), (["--lr", "fast"], "lr"),
+    (["--top-p", "0"], "top_p"),
     (["--prompts", "4", "--update-prompts", "3"], "update_prompts"), (["--responses", "0"], "responses"),
     (["--data", "nowhere"], "train.jsonl"), (["--samples", "3"], "--ask"),
     (["--ask", "nowhere.wav", "What?"], "no finished run"),
@@ -1349,6 +1354,11 @@ def test_bad_flags_get_one_line_and_exit_code_2(flags, word, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def by_letters(answer, row):
+    """A reward that tells answers apart: the tiny base never earns any BLEU."""
+    return sum(map(ord, answer)) % 11 / 11
 
 
 def record_rollouts(monkeypatch):
@@ -1367,7 +1377,7 @@ def record_rollouts(monkeypatch):
 
 def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_path, monkeypatch):
     rollouts = record_rollouts(monkeypatch)
-    monkeypatch.setattr(data, "reward", lambda answer, row: sum(map(ord, answer)) % 11 / 11)  # this base scores 0
+    monkeypatch.setattr(data, "reward", by_letters)
     for algo in ("leaf", "grpo"):
         train.main([*TINY, "--algo", algo, "--base", base_of(first_run), "--out", str(tmp_path / algo), "--steps", "2"])
     half = len(rollouts) // 2
@@ -1380,17 +1390,18 @@ def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path):
+def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "reward", by_letters)
     runs = []
     for micro in ("1", "2", "4"):
-        train.main([*TINY, "--base", base_of(first_run), "--out", str(tmp_path / micro), "--steps", "2", "--update-prompts", "4",
-                    "--micro-prompts", micro])  # fmt: skip
+        flags = ["--steps", "2", "--update-prompts", "4", "--micro-prompts", micro]
+        train.main([*TINY, "--base", base_of(first_run), "--out", str(tmp_path / micro), *flags])
         runs.append(adapter(tmp_path / micro))
     for other in runs[1:]:
         for name, tensor in runs[0].items():
             torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-3)
     gradients = [metrics(tmp_path / micro)[0]["grad_norm"] for micro in ("1", "2", "4")]
-    assert gradients == pytest.approx([gradients[0]] * 3, rel=1e-5)
+    assert gradients[0] > 1e-3 and gradients == pytest.approx([gradients[0]] * 3, rel=1e-5)
 
 
 def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch):
@@ -1421,27 +1432,33 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
         assert not advantages[~masks.bool()].any()
 
 
-def test_lora_dropout_acts_in_the_update_only(first_run, tmp_path, monkeypatch):
-    """Never in rollouts, old or reference log-probabilities or evaluation, after the first update included."""
+def test_who_runs_with_lora_and_who_with_dropout(first_run, tmp_path, monkeypatch):
+    """Rollouts: LoRA on, no dropout. Reference log-probabilities: LoRA off. The update: LoRA on, with its dropout."""
     modes = []
 
     def watch(name):
         original = getattr(SpeechLM, name)
 
         def watching(self, *args, **kwargs):
-            dropping = any(layer.training for layer in lora.lora_layers(self).values())
-            modes.append((name, torch.is_grad_enabled(), dropping))
+            layers = list(lora.lora_layers(self).values())
+            if layers:
+                on = all(x.enabled for x in layers)
+                modes.append(((name, torch.is_grad_enabled()), (on, on and all(x.training for x in layers))))
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(SpeechLM, name, watching)
 
     watch("sample"), watch("response_logp")
+    monkeypatch.setattr(data, "reward", by_letters)
     train.main([*TINY, "--lora-dropout", "0.5", "--base", base_of(first_run), "--out", str(tmp_path / "run")])
-    assert {mode[0] for mode in modes} == {"sample", "response_logp"}
-    for name, gradient, dropping in modes:
-        assert dropping == (name == "response_logp" and gradient)
-    assert metrics(tmp_path / "run")[0]["first_ratio_gap"] < 1e-5  # B is still zero
-    assert metrics(tmp_path / "run")[3]["first_ratio_gap"] > 1e-5
+    assert set(modes) == {  # (who, with gradient): (LoRA on, dropout on)
+        (("sample", True), (True, False)),
+        (("response_logp", False), (False, False)),
+        (("response_logp", True), (True, True)),
+    }
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["first_ratio_gap"] < 1e-5 < rows[3]["first_ratio_gap"]  # B starts at zero: nothing to drop yet
+    assert rows[3]["kl"] > 1e-4
 
 
 @pytest.mark.parametrize("poisoned, survives", [(1, True), (99, False)])
