@@ -1328,6 +1328,7 @@ def test_metrics_say_what_to_watch(first_run):
     )
     for row in rows:
         assert wanted <= row.keys() and all(math.isfinite(row[k]) for k in wanted)
+        assert row["ratio"] == pytest.approx(1, abs=0.1)  # a mean over all responses: shares add up to 1
         assert row["first_ratio_gap"] < 1e-5  # LoRA's B is no longer zero from the second row on
     assert "validation_bleu" in rows[1] and "validation_bleu" not in rows[0]
 
@@ -1526,6 +1527,9 @@ def test_a_bad_corpus_is_refused_whole(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"tones"}
     train.main([*command, "--skip-bad-rows"])
     assert "skipping 2 bad rows" in capsys.readouterr().out
+    (corpus / "validation.jsonl").write_text("")
+    with pytest.raises(data.DataError, match="validation.jsonl has no rows"):
+        train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "other")])
     (corpus / "validation.jsonl").unlink()
     with pytest.raises(data.DataError, match="validation.jsonl is missing"):
         train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "other")])
