@@ -273,13 +273,15 @@ def load_corpus(folder, max_seconds: float, skip_bad_rows: bool = False) -> dict
             raise DataError(f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, test.jsonl")
         rows = []
         lines = file.read_bytes().splitlines()
+        if not any(line.strip() for line in lines):
+            raise DataError(f"{file} has no rows")
         for number, line in enumerate(tqdm(lines, desc=f"checking {file.name}", leave=False, disable=None), start=1):
+            if not line.strip():
+                continue
             try:
                 rows.append(check_row(line, folder, max_seconds))
             except DataError as error:
                 bad.append(f"{file}, line {number}: {error}")
-        if not rows and not bad:
-            raise DataError(f"{file} has no rows")
         splits[split] = rows
     if bad:
         summary = "\n  ".join([f"{len(bad)} bad rows"] + bad[:5] + (["..."] if len(bad) > 5 else []))

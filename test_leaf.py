@@ -1527,7 +1527,7 @@ def test_a_bad_corpus_is_refused_whole(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"tones"}
     train.main([*command, "--skip-bad-rows"])
     assert "skipping 2 bad rows" in capsys.readouterr().out
-    (corpus / "validation.jsonl").write_text("")
+    (corpus / "validation.jsonl").write_text("\n")
     with pytest.raises(data.DataError, match="validation.jsonl has no rows"):
         train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "other")])
     (corpus / "validation.jsonl").unlink()

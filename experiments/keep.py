@@ -53,7 +53,7 @@ def show():
         groups[config["data"] or config["task"], config["algo"], config["base_seed"]].append(result)
     print("| task, algorithm, base | runs | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
-    for (task, algo, base), runs in groups.items():
+    for (task, algo, base), runs in sorted(groups.items()):
         cells = []
         for column in (c for c in COLUMNS if c in runs[0]["base"]):
             before, after = (mean(run[when][column] for run in runs) for when in ("base", "trained"))
