@@ -304,8 +304,11 @@ def check_row(line: bytes, folder: Path, max_seconds: float) -> dict:
     """One line of a manifest as a row with an absolute audio path. Raises DataError with the reason."""
     try:
         row = json.loads(line.decode("utf-8"))
+        json.dumps(row, ensure_ascii=False).encode()  # an escape may hide half a character: "\\ud800"
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise DataError("a \\u escape is no character") from None
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
@@ -329,10 +332,13 @@ def check_row(line: bytes, folder: Path, max_seconds: float) -> dict:
             seconds = audio.frames / audio.samplerate
             audio.seek(max(0, audio.frames - 1))  # a file cut short fails here, not an hour into training
             readable = len(audio.read(1)) == 1
+            if audio.subtype in ("FLOAT", "DOUBLE"):  # the only ones that can hold nan and infinity
+                audio.seek(0)
+                readable &= bool(np.isfinite(audio.read()).all())
     except (OSError, soundfile.SoundFileError) as error:
         raise DataError(f"{path} cannot be read as audio ({error})") from None
     if not readable or seconds * SAMPLE_RATE < WINDOW:
-        raise DataError(f"{path} is empty, cut short, or under {1000 * WINDOW // SAMPLE_RATE} ms")
+        raise DataError(f"{path} is empty, cut short, not finite, or under {1000 * WINDOW // SAMPLE_RATE} ms")
     if seconds > max_seconds:
         raise DataError(f"{path} lasts {seconds:.1f} s; the limit is --max-audio-seconds {max_seconds:g}")
     return {**row, "audio": str(path)}

@@ -670,7 +670,8 @@ def draw(logits, u, temperature: float, top_p: float):
     mass = q.cumsum(-1)
     total = mass[..., -1:]
     rank = (mass <= u[..., None] * total).sum(-1, keepdim=True)  # kept tokens wholly below u
-    rank = rank.minimum((q > 0).sum(-1, keepdim=True) - 1)  # rounding must not step past the last kept token
+    last = (q > 0).sum(-1, keepdim=True) - 1
+    rank = rank.minimum(last).clamp(min=0)  # rounding must not step past the last kept token, nor nan before the first
     token = order.gather(-1, rank)[..., 0]
     logq = (q.gather(-1, rank) / total).log()[..., 0]
     return token, logq, logp.gather(-1, token[..., None])[..., 0]

@@ -418,6 +418,11 @@ def rand(*shape, seed=0, kind=torch.rand):
 randn = partial(rand, kind=torch.randn)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)  # what a test finds must not depend on which tests ran before it
+
+
 @torch.no_grad()
 def shake(net, scale=0.1):
     """Every weight and running statistic away from its initial value, so that none is ignored unnoticed."""
@@ -654,7 +659,7 @@ def test_shared_prompt_is_the_same_as_each_response_alone(side, adapted):
         plain.append((brute * weight[i, k, :n]).sum())
     for loss in map(sum, (batches, separate, plain)):
         for name, a, b in zip(named, torch.autograd.grad(loss, named.values()), want):
-            assert (a - b).norm() <= 2e-5 * b.norm() and b.norm() > 1e-3, name
+            assert (a - b).norm() <= 1e-4 * b.norm() and b.norm() > 1e-3, name
     sampled = model.sample(prompts, rand(3, 1, 4), 2).tokens  # the sampler's own tensors can be trained on
     model.response_logp(prompts, sampled).sum().backward()
 
@@ -1039,13 +1044,16 @@ def test_synthetic_corpus(task):
     assert 0.8 < np.mean([row["target"] != row["reference"] for row in rows]) < 0.95
     assert 20 < np.mean([data.sentence_bleu(row["target"], row["reference"]) for row in rows]) < 80
     assert data.slot_accuracy([row["reference"] for row in rows], rows[1:] + rows[:1]) < 0.4
+    wording = {(row["prompt"], *row["slots"]): row["reference"] for row in rows}  # one for one content, always
+    assert all(row["reference"] == wording[(row["prompt"], *row["slots"])] for row in rows)
+    assert len(wording) < len(rows) - 10 or task == "translation"
     assert len({(row["prompt"], len(row["slots"])) for row in rows}) == len(prompts) == (3 if task == "qa" else 1)
     assert set("".join(row["audio"]["phones"] for row in rows)) <= set(data.PHONES)
 
 
 @pytest.mark.parametrize("phones", ["anV bot sevVn red apVlz", "hjugo wA getsujou ni"])
 def test_synthesize(phones):
-    """16 kHz, audible, finite; the seed decides everything, nothing outside does; phones can be told apart."""
+    """16 kHz, audible, finite; the seed decides everything, nothing outside does; voices and phones differ."""
     audio, state = data.load_audio({"audio": {"phones": phones, "seed": 7}}), torch.random.get_rng_state()
     np.random.seed(1)
     same((audio, state), (data.synthesize(phones, 7), torch.random.get_rng_state()))
@@ -1054,6 +1062,9 @@ def test_synthesize(phones):
     assert 0.7 < len(audio) / sum(16 * data.PHONES[p][-1] for p in f" {phones} ") < 1.4
     speakers = [data.log_mel(data.synthesize(phones, seed)) for seed in range(6)]
     assert all((a[: len(b)] - b[: len(a)]).abs().mean() > 0.02 for a, b in itertools.combinations(speakers, 2))
+    vowels = [data.synthesize("u" * 20, seed)[4000:5600] for seed in range(8)]
+    periods = [torch.fft.irfft(torch.fft.rfft(x, 3200).abs() ** 2)[62:240].argmax() + 62 for x in vowels]  # samples
+    assert max(periods) > 1.4 * min(periods)
     spectra = [data.log_mel(data.synthesize(p * 8, 5)).unflatten(1, (2, 80)).mean((0, 1)) for p in "iAus"]
     assert torch.pdist(torch.stack(spectra)).min() > 0.5
 

@@ -388,7 +388,7 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
 
 
 LOG_LINE = (
-    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  clipped {clip_fraction:.3f}  "
+    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  clip {clip_fraction:.3f}  "
     "ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  equal rewards {equal_rewards:.2f}  "
     "usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
 )
@@ -669,7 +669,7 @@ def main(argv=None):
     # Measure again, and show.
     result = evaluate(model, tokenizer, splits["test"], cfg)
     show_examples("After", model, tokenizer, splits["test"], cfg)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes, KiB
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
     took = {"seconds": time.time() - began, "peak_memory_gb": memory / 1e9, "device": str(device)}
     results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result} | took
