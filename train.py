@@ -388,9 +388,9 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
 
 
 LOG_LINE = (
-    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  clip {clip_fraction:.3f}  "
-    "ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  equal rewards {equal_rewards:.2f}  "
-    "usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
+    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  "
+    "clipped {clip_fraction:.3f}  ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  "
+    "equal rewards {equal_rewards:.2f}  usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
 )
 
 
