@@ -12,10 +12,12 @@ A corpus is a folder with train.jsonl, validation.jsonl and test.jsonl, one row 
 """
 
 import collections
+import fcntl
 import hashlib
 import io
 import json
 import math
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +33,50 @@ N_FFT, WINDOW, HOP, N_MELS = 512, 400, 160, 80  # samples: 25 ms windows every 1
 AUDIO = "<|audio|>"  # its place in the prompt is where the audio embeddings go
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """Something the user can mend: train.py prints it as one line and exits with code 2."""
+
+
+class DataError(UserError):
     """Bad input; the message names the file, the line and the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, whole or not at all, and one process at a time
+
+
+def write_json(path: Path, value):
+    """Written and synced beside its place, then renamed into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it, or remove its folder and start again") from None
+
+
+def sync(path: Path):
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def lock(folder: Path, wait: bool):
+    """Hold a folder for this process, until the returned file is closed; wait for another process or refuse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = open(folder / "lock", "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise DataError(f"{folder} is in use by another process") from None
+    return handle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,8 +180,10 @@ def load_audio(row: dict) -> torch.Tensor:
     audio = torch.from_numpy(samples).mean(1)
     if rate != SAMPLE_RATE:
         audio = resample(audio, rate)
-    if len(audio) < WINDOW or not audio.isfinite().all():
-        raise DataError(f"{row['audio']}: shorter than {1000 * WINDOW // SAMPLE_RATE} ms, or not finite")
+    if len(audio) < WINDOW:
+        raise DataError(f"{row['audio']}: shorter than {1000 * WINDOW // SAMPLE_RATE} ms")
+    if not audio.isfinite().all():
+        raise DataError(f"{row['audio']}: holds samples that are not finite")
     return audio
 
 
@@ -216,11 +262,12 @@ class Tokenizer:
     def train(rows: list[dict], vocab_size: int = 800) -> bytes:
         """The model file. Deterministic; characters never seen in training fall back to bytes."""
         text = [t for row in rows for t in (row["prompt"].replace(AUDIO, " "), row["reference"], target(row))]
+        vocab_size = max(vocab_size, 600 + len(set("".join(text))))  # 256 bytes, every character, some merges
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
             model_type="bpe", character_coverage=1.0, byte_fallback=True, bos_id=-1, num_threads=1, minloglevel=2,
-            normalization_rule_name="identity", user_defined_symbols=[AUDIO, "<|answer|>"],
+            normalization_rule_name="identity", user_defined_symbols=[AUDIO, "<|answer|>"], max_sentence_length=100_000,
         )  # fmt: skip
         return model.getvalue()
 
@@ -296,14 +343,18 @@ def load_corpus(folder, max_seconds: float, skip_bad_rows: bool = False) -> dict
 
 def fingerprint(rows: list[dict]) -> str:
     """Of the rows' content, wherever their folder lies: neither a run nor a base is taken up again on other data."""
-    rows = [row | {"audio": Path(row["audio"]).name} if isinstance(row["audio"], str) else row for row in rows]
+
+    def portable(audio):  # a file by its name and size; synthetic speech by what it is made from
+        return audio if isinstance(audio, dict) else [Path(audio).name, Path(audio).stat().st_size]
+
+    rows = [row | {"audio": portable(row["audio"])} for row in rows]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_row(line: bytes, folder: Path, max_seconds: float) -> dict:
     """One line of a manifest as a row with an absolute audio path. Raises DataError with the reason."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no harm
         json.dumps(row, ensure_ascii=False).encode()  # an escape may hide half a character: "\\ud800"
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start})") from None
@@ -313,6 +364,7 @@ def check_row(line: bytes, folder: Path, max_seconds: float) -> dict:
         raise DataError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
+    row = {name: value for name, value in row.items() if value is not None}  # null: as if it were not there
     for name in ("audio", "prompt", "reference"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise DataError(f"field {name!r} is missing, empty or not a string")

@@ -1313,7 +1313,7 @@ train.main(sys.argv[1:])
     "(train, 'save_file', 6)",  # in the middle of its second checkpoint
     "(train.shutil, 'rmtree', 1)",  # while an old checkpoint or the base's work is cleaned away
     "(train.Updater, 'step', 13)",  # between checkpoints, with metrics already logged past the last one
-    "(train, 'write_json', 4)",
+    "(train.data, 'write_json', 4)",
 ])  # fmt: skip
 def test_kill_9_at_any_moment_loses_nothing(where, first_run, tmp_path):
     command = [sys.executable, "-c", KILLED.format(where=where), *TINY, "--out", str(tmp_path / "run")]
@@ -1348,9 +1348,9 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(first_ru
     before = (first_run / "policy.jsonl").read_bytes()
     train.main([*TINY, "--out", str(first_run)])
     assert "is finished" in capsys.readouterr().out and (first_run / "policy.jsonl").read_bytes() == before
-    with pytest.raises(train.UserError, match=r"(?s)another configuration.*lr: 0.00\d+ there, 0.5 now"):
+    with pytest.raises(data.UserError, match=r"(?s)another configuration.*lr: 0.00\d+ there, 0.5 now"):
         train.main([*TINY, "--out", str(first_run), "--lr", "0.5"])
-    with pytest.raises(train.UserError, match=r"(?s)base-qa-seed0.*ctc_steps: 3 there, 5 now"):
+    with pytest.raises(data.UserError, match=r"(?s)base-qa-seed0.*ctc_steps: 3 there, 5 now"):
         train.main([*TINY, "--out", str(first_run.parent / "other"), "--ctc-steps", "5"])
 
 
@@ -1490,7 +1490,7 @@ def test_a_non_finite_loss_skips_the_update(poisoned, survives, first_run, tmp_p
         train.main(command)
         assert all(t.isfinite().all() for t in adapter(tmp_path / "run").values())
     else:
-        with pytest.raises(train.UserError, match="10 updates in a row"):
+        with pytest.raises(data.UserError, match="10 updates in a row"):
             train.main(command)
     assert "skipped an update" in capsys.readouterr().out
 

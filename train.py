@@ -22,11 +22,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -66,7 +68,7 @@ class Config:
     algo: str = flag("leaf", "how credit is assigned", ("leaf", "grpo"))
     steps: int = flag(400, "rollout batches")
     prompts: int = flag(8, "prompts per rollout batch (paper: 6)")
-    responses: int = flag(8, "K, responses per prompt")
+    responses: int = flag(8, "K, responses per prompt; one alone has nothing to be compared with", least=2)
     update_prompts: int = flag(4, "prompts, with all their responses, per optimiser step (paper: about 1)")
     micro_prompts: int = flag(4, "prompts per forward pass; changes memory and not the result")
     lr: float = flag(2e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
@@ -118,10 +120,6 @@ class Config:
         return Path(self.base or self.run_folder.parent / f"base-{self.name}-seed{self.base_seed}")
 
 
-class UserError(Exception):
-    """Something the user can fix: printed as one line, exit code 2."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Never lose work: checkpoints, and a loop that goes on where it stopped
 
@@ -144,24 +142,6 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def write_json(path: Path, value):
-    """Whole or not at all: written beside the place, then renamed into it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=2) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def sync(path: Path):
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], optimizer):
     """One folder, step-NNNNNN: everything is written and synced under another name, then renamed once."""
     tensors = {f"value.{name}": tensor for name, tensor in named.items()}
@@ -171,9 +151,9 @@ def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], opt
     final, temporary = folder / f"step-{step:06d}", folder / f"saving-{os.getpid()}"
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
-    write_json(temporary / "state.json", {"step": step})
-    sync(temporary / "tensors.safetensors")
-    sync(temporary)
+    data.write_json(temporary / "state.json", {"step": step})
+    data.sync(temporary / "tensors.safetensors")
+    data.sync(temporary)
     os.rename(temporary, final)
     for old in sorted(folder.glob("step-*"))[:-2]:  # the newest two
         shutil.rmtree(old)
@@ -192,9 +172,8 @@ def load_checkpoint(folder: Path, named: dict[str, torch.Tensor], optimizer) -> 
             tensor.copy_(tensors.pop(f"value.{name}"))
     for key, moment in tensors.items():
         kind, _, name = key.partition(".")
-        # AdamW counts its steps on the CPU and keeps its moments beside the parameter.
-        optimizer.state[named[name]][kind] = moment if kind == "step" else moment.to(named[name].device)
-    return json.loads((found[-1] / "state.json").read_text())["step"]
+        optimizer.state[named[name]][kind] = moment if kind == "step" else moment.to(named[name].device)  # as AdamW
+    return data.read_json(found[-1] / "state.json")["step"]
 
 
 def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Config, seed: int, step_fn):
@@ -238,21 +217,21 @@ class Updater:
 
     def __init__(self, parameters, cfg: Config):
         self.parameters, self.cfg, self.skipped = list(parameters), cfg, 0
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, loss: float, lr: float) -> float:
         """Apply the gradients; returns their norm before clipping."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.grad_clip))
         if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
+            self.adam.param_groups[0]["lr"] = lr
+            self.adam.step()
             self.skipped = 0
         else:
             self.skipped += 1
             tqdm.write(f"skipped an update: loss {loss}, gradient norm {norm} ({self.skipped} in a row)")
             if self.skipped == 10:
-                raise UserError("10 updates in a row were not finite; try a lower learning rate or --dtype float32")
-        self.optimizer.zero_grad(set_to_none=True)
+                raise data.UserError("10 updates in a row were not finite; lower the learning rate, or --dtype float32")
+        self.adam.zero_grad(set_to_none=True)
         return norm
 
 
@@ -260,18 +239,28 @@ class Updater:
 # The base model, made as Granite Speech was: CTC on the encoder; freeze it; next-token on projector and decoder
 
 
-def train_base(cfg: Config, train: data.Split, folder: Path, device):
-    """Train the compact model from scratch and save it as a checkpoint that from_pretrained reads."""
+def make_base(cfg: Config, train: data.Split, folder: Path, device):
+    """Train the base unless it is there; another run may be training the same one, then wait for it."""
     settings = {name: getattr(cfg, name) for name in Config.BASE} | {"rows": data.fingerprint(train.rows)}
-    if folder.exists():
-        return check_same(folder, settings, "base.json")
-    work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
-    check_same(work, settings, "base.json")
+    if not folder.exists():
+        work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
+        with data.lock(work, wait=True):
+            if not folder.exists():
+                check_same(work, settings, "base.json")
+                train_base(cfg, train, work, device)
+                os.rename(work, folder)
+                shutil.rmtree(folder / "checkpoints")
+    check_same(folder, settings, "base.json")
+
+
+def train_base(cfg: Config, train: data.Split, work: Path, device):
+    """Train the compact model from scratch and save it as a checkpoint that from_pretrained reads."""
     (work / "tokenizer.model").write_bytes(data.Tokenizer.train(train.rows))
     tokenizer, alphabet = data.Tokenizer(work / "tokenizer.model"), data.Alphabet.of(train.rows)
     config = SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
     model = SpeechLM(config).init_weights(cfg.base_seed).to(device)
-    print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.vocab_size}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"training a base model: {size:,} parameters, vocabulary {tokenizer.vocab_size}")
 
     transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
     spoken = [i for i, label in enumerate(transcripts) if label]
@@ -281,9 +270,7 @@ def train_base(cfg: Config, train: data.Split, folder: Path, device):
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
     train_sft(cfg, model, tokenizer, train, work, freeze_encoder=bool(spoken))
     model.save(work)
-    sync(work / "model.safetensors")
-    os.rename(work, folder)
-    shutil.rmtree(folder / "checkpoints")
+    data.sync(work / "model.safetensors")
 
 
 def train_ctc(cfg, model, train, spoken, labels, folder):
@@ -291,7 +278,7 @@ def train_ctc(cfg, model, train, spoken, labels, folder):
     encoder = model.encoder.train()
     updater = Updater(encoder.parameters(), cfg)
 
-    def step(step):
+    def one_step(step):
         batch = [spoken[i] for i in data.order(len(spoken), [cfg.base_seed, 1], step * cfg.base_batch, cfg.base_batch)]
         mel, lengths = pad(train.mels(batch), model.device)
         frames, middle = encoder(mel, lengths)
@@ -305,7 +292,7 @@ def train_ctc(cfg, model, train, spoken, labels, folder):
         lr = learning_rate(cfg, cfg.ctc_lr, (step + 1) / cfg.ctc_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
-    fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.optimizer, cfg, cfg.base_seed, step)
+    fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.adam, cfg, cfg.base_seed, one_step)
     encoder.eval()
 
 
@@ -320,7 +307,7 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
     prompts = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
     answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
 
-    def step(step):
+    def one_step(step):
         batch = data.order(len(answers), [cfg.base_seed, 2], step * cfg.base_batch, cfg.base_batch)
         if freeze_encoder:
             x, lengths = pad(train.frames(batch), model.device)
@@ -337,7 +324,7 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
         lr = learning_rate(cfg, cfg.sft_lr, (step + 1) / cfg.sft_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
-    fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.optimizer, cfg, cfg.base_seed, step)
+    fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.adam, cfg, cfg.base_seed, one_step)
     model.eval()
 
 
@@ -387,11 +374,10 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
 # The method's loop: rollouts -> rewards -> credit -> update
 
 
-LOG_LINE = (
-    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  "
-    "clipped {clip_fraction:.3f}  ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  "
-    "equal rewards {equal_rewards:.2f}  usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
-)
+LOG = """\
+step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  clipped {clip_fraction:.3f}  \
+ratio {ratio:.3f}  grad {grad_norm:.2f}  length {response_length:.1f}  equal rewards {equal_rewards:.2f}  \
+usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"""
 
 
 def credit(cfg: Config, tokens, lengths, surprisal, rewards):
@@ -412,7 +398,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
     updater = Updater(parameters.values(), cfg)
     updates_per_step = cfg.prompts // cfg.update_prompts
 
-    def step(step):
+    def one_step(step):
         # Rollouts: K responses to each prompt, from the model as it is now, LoRA on, dropout off.
         model.eval()
         began = time.perf_counter()
@@ -430,6 +416,8 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         surprisal_host = -rollout.logq[..., :T].cpu()
         texts = [[tokenizer.decode(t[:n].tolist()) for t, n in zip(*group)] for group in zip(tokens_host, lengths_host)]
         rewards = [[data.reward(text, train.rows[i]) for text in group] for i, group in zip(indices, texts)]
+        if not np.isfinite(rewards).all():
+            raise data.UserError(f"data.reward gave a number that is not finite: {rewards} for {texts}")
 
         # Credit: per prompt, from the tree its own responses form.
         before_credit = time.perf_counter()
@@ -466,7 +454,6 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
             "reward_std": float(np.mean([np.std(group, ddof=1) if len(group) > 1 else 0 for group in rewards])),
             "equal_rewards": float(np.mean([max(group) == min(group) for group in rewards])),
             "response_length": float(lengths_host.float().mean()),
-            "ended": float((tokens_host.gather(2, lengths_host[..., None] - 1) == tokenizer.eos_id).float().mean()),
             "fork_fire": float(np.mean([fork["fires"] for fork in forks])),
             "usable_fork_fire": float(np.mean([fork["usable"] for fork in forks])),
             "seconds": seconds,
@@ -479,10 +466,10 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
             greedy = answer(model, tokenizer, validation, cfg)
             references = [row["reference"] for row in validation.rows]
             metrics["validation_bleu"] = data.corpus_bleu(greedy, references, lowercase=True)
-            tqdm.write(LOG_LINE.format(step=step + 1, **metrics))
+            tqdm.write(LOG.format(step=step + 1, **metrics))
         return metrics
 
-    fit("policy", folder, cfg.steps, parameters, updater.optimizer, cfg, cfg.seed, step)
+    fit("policy", folder, cfg.steps, parameters, updater.adam, cfg, cfg.seed, one_step)
     model.eval()
 
 
@@ -512,8 +499,7 @@ def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count
     for n, i in enumerate(indices):
         row = split.rows[i]
         tokens, lengths = rollout.tokens[n].cpu(), rollout.lengths[n].cpu()
-        texts = [tokenizer.decode(t[:m].tolist()) for t, m in zip(tokens, lengths)]
-        rewards = [data.reward(text, row) for text in texts]
+        rewards = [data.reward(tokenizer.decode(t[:m].tolist()), row) for t, m in zip(tokens, lengths)]
         advantages, _ = credit(cfg, tokens, lengths, -rollout.logq[n].cpu(), rewards)
         print(f"  question   {row['prompt'].replace(data.AUDIO, '')}")
         print(f"  reference  {row['reference']}")
@@ -535,10 +521,12 @@ def show_table(results: dict):
 def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, reference: str, device):
     """Answer a question about a recording with a trained run; with samples, show the responses as LEAF sees them."""
     if not (folder / "adapter" / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds no finished run (no adapter/): name one with --out, or train it first")
-    saved = json.loads((folder / "config.json").read_text())
+        raise data.UserError(f"{folder} holds no finished run (no adapter/): name one with --out, or train it first")
+    if data.AUDIO in question or not question.strip() or samples < 0:
+        raise data.UserError(f"--ask needs a question without {data.AUDIO}, and --samples a number from 0 up")
+    saved = data.read_json(folder / "config.json")
     run = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
-    base = cfg.base_folder if cfg.base else Path(saved["base"])
+    base = cfg.base_folder if cfg.base else folder / saved["base"]
     model, tokenizer = SpeechLM.from_pretrained(base), data.Tokenizer(base / "tokenizer.model")
     load_adapter(model, folder / "adapter")
     model.eval().to(device)
@@ -547,7 +535,7 @@ def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, refe
     prompts = model.embed_prompts([tokenizer.encode_prompt(row["prompt"])], sound)
     greedy = model.sample(prompts, data.noise([0], [0], 1, run.max_new_tokens, device), tokenizer.eos_id, 0.0)
     print(tokenizer.decode(greedy.tokens[0, 0, : greedy.lengths[0, 0]].tolist()))
-    if not samples:
+    if samples == 0:
         return
     u = data.noise([cfg.seed, 7], [0], samples, run.max_new_tokens, device)
     rollout = model.sample(prompts, u, tokenizer.eos_id, run.temperature, run.top_p)
@@ -556,8 +544,8 @@ def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, refe
     rewards = [data.reward(tokenizer.decode(ids), row) if reference else 0.0 for ids in rows]
     boundaries = leaf.select_boundaries(surprisal, lengths, run.fork_budget, run.min_prefix)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    advantages = leaf.leaf_advantages(tokens, lengths, surprisal, rewards, boundaries=boundaries).tolist()
-    known = (rewards, nodes, advantages) if reference else (None, nodes)
+    advantages, _ = credit(run, tokens, lengths, surprisal, rewards)
+    known = (rewards, nodes, advantages.tolist()) if reference else (None, nodes)
     print(f"boundaries {boundaries}\n{leaf.format_tree([tokenizer.pieces(ids) for ids in rows], *known)}")
 
 
@@ -568,8 +556,8 @@ def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, refe
 def pick(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of the policy's decoder on it."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if cfg.device == "cuda" != best:
-        raise UserError("--device cuda: this torch sees no CUDA GPU")
+    if cfg.device not in ("auto", "cpu", best):
+        raise data.UserError(f"--device {cfg.device}: this torch sees no such device here")
     device = best if cfg.device == "auto" else cfg.device
     half = device == "cuda" and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if cfg.dtype == "auto" else cfg.dtype
@@ -579,26 +567,24 @@ def pick(cfg: Config) -> tuple[torch.device, torch.dtype]:
 def check_same(folder: Path, settings: dict, file: str):
     """A folder belongs to one configuration: another is refused with the difference shown, a new folder takes it."""
     path = folder / file
-    if not path.exists():
-        return write_json(path, settings)
-    there = json.loads(path.read_text())
+    if {p.name for p in folder.iterdir()} <= {file, "lock", "tokenizer.model"}:  # nothing was done here yet
+        return data.write_json(path, settings)
+    there = data.read_json(path)
     different = [f"  {k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
     if different:
-        raise UserError(
+        raise data.UserError(
             f"{folder} belongs to another configuration:\n" + "\n".join(different) + "\nChange the flags back, "
             f"choose another folder with {'--base' if file == 'base.json' else '--out'}, or remove this one"
         )
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        usage="python train.py [flags]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(None, "train.py [flags]", __doc__, formatter_class=plain, allow_abbrev=False)
     for f in fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
-        shown = text if default == "" else f"{text} (default: {default})"
+        shown = f"{text} (default: {default})" if default != "" else text
         if isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
         else:
@@ -616,16 +602,20 @@ def parse(argv):
     for f in fields(Config):
         if type(f.default) is int and getattr(cfg, f.name) < f.metadata["least"]:
             parser.error(f"{f.name} must be at least {f.metadata['least']}, not {getattr(cfg, f.name)}")
+        if type(f.default) is float and not 0 <= getattr(cfg, f.name) < math.inf:
+            parser.error(f"{f.name} must be a number from 0 up, not {getattr(cfg, f.name)}")
+    if cfg.warmup >= 1 or cfg.lora_dropout >= 1:
+        parser.error(f"warmup and lora_dropout must be below 1, not {cfg.warmup} and {cfg.lora_dropout}")
     if cfg.prompts % cfg.update_prompts:
         parser.error(f"prompts ({cfg.prompts}) must be a multiple of update_prompts ({cfg.update_prompts})")
-    if not 0 < cfg.top_p <= 1 or cfg.temperature <= 0:
+    if not 0 < cfg.top_p <= 1 or cfg.temperature == 0:
         parser.error(f"top_p must lie in (0, 1] and temperature above 0, not {cfg.top_p} and {cfg.temperature}")
     return cfg, actions
 
 
 def main(argv=None):
     began, (cfg, actions) = time.time(), parse(argv)
-    (device, dtype), folder, base_folder = pick(cfg), cfg.run_folder, cfg.base_folder
+    (device, dtype), folder = pick(cfg), cfg.run_folder
     if actions["ask"]:
         return ask(cfg, folder, *actions["ask"], actions["samples"], actions["reference"], device)
     sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
@@ -634,10 +624,18 @@ def main(argv=None):
         corpus |= {name: corpus[name][: sizes[name]] for name in ("validation", "test")}
     else:
         corpus = data.synthetic_corpus(cfg.task, sizes, cfg.base_seed)
+    with data.lock(folder, wait=False):
+        run(cfg, corpus, device, dtype, began)
+
+
+def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float):
+    """The story itself, in a run folder that is ours alone."""
+    folder, base_folder = cfg.run_folder, cfg.base_folder
     settings = {k: v for k, v in asdict(cfg).items() if k not in Config.FREE}
-    check_same(folder, settings | {"base": str(base_folder), "rows": data.fingerprint(corpus["train"])}, "config.json")
+    settings |= {"base": os.path.relpath(base_folder, folder), "rows": data.fingerprint(sum(corpus.values(), []))}
+    check_same(folder, settings, "config.json")
     if (folder / "results.json").exists():
-        results = json.loads((folder / "results.json").read_text())
+        results = data.read_json(folder / "results.json")
         print(f"{folder} is finished; its results:")
         return show_table(results)
     print(f"{cfg.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in corpus.items()) + f" rows; on {device}")
@@ -645,7 +643,9 @@ def main(argv=None):
     # Base: load it, or train it.
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in corpus.items()}
     if not cfg.base or not base_folder.exists():  # a base chosen by hand is taken as it is
-        train_base(cfg, splits["train"], base_folder, device)
+        make_base(cfg, splits["train"], base_folder, device)
+    elif data.read_json(base_folder / "base.json").get("rows") != data.fingerprint(corpus["train"]):
+        print(f"note: {base_folder} was trained on other rows, which may hold some of this test split")
     model, tokenizer = SpeechLM.from_pretrained(base_folder).eval(), data.Tokenizer(base_folder / "tokenizer.model")
     model.to(device).language_model.to(dtype)
     for split in splits.values():
@@ -653,8 +653,8 @@ def main(argv=None):
 
     # Measure it.
     if not (folder / "base.json").exists():
-        write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg))
-    base_result = json.loads((folder / "base.json").read_text())
+        data.write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg))
+    base_result = data.read_json(folder / "base.json")
     show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
 
     # Train LoRA on it.
@@ -669,11 +669,11 @@ def main(argv=None):
     # Measure again, and show.
     result = evaluate(model, tokenizer, splits["test"], cfg)
     show_examples("After", model, tokenizer, splits["test"], cfg)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
     took = {"seconds": time.time() - began, "peak_memory_gb": memory / 1e9, "device": str(device)}
     results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result} | took
-    write_json(folder / "results.json", results)
+    data.write_json(folder / "results.json", results)
     show_table(results)
     example, recording = corpus["test"][0], corpus["test"][0]["audio"]
     if isinstance(recording, dict):  # synthesised: leave one recording behind to ask about
@@ -683,8 +683,8 @@ def main(argv=None):
     print(f"""
 run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)
 base        {base_folder}
-ask it      python train.py --ask {recording} "{question}" --out {folder}
-its tree    ... --samples 8 --reference "{example['reference']}"
+ask it      python train.py --ask {quote(str(recording))} {quote(question)} --out {quote(str(folder))}
+its tree    ... --samples 8 --reference {quote(example["reference"])}
 took        {took['seconds']:.0f} s, peak memory {took['peak_memory_gb']:.1f} GB""")
 
 
@@ -692,8 +692,9 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     try:
         main()
-    except (UserError, data.DataError) as error:
+    except (data.UserError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # outside the training loops there is nothing to save
+    except KeyboardInterrupt:
+        print("interrupted where there was nothing to save; the same command goes on", file=sys.stderr)
         sys.exit(130)
