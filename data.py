@@ -165,6 +165,15 @@ def reward(answer: str, row: dict) -> float:
     return sentence_bleu(" ".join(answer.split()), " ".join(row["reference"].split())) / 100
 
 
+def rewards(answers: list[str], rows: list[dict]) -> list[float]:
+    """The reward of each answer; raises UserError on one that is not a finite number."""
+    scores = [reward(answer, row) for answer, row in zip(answers, rows)]
+    for score, answer, row in zip(scores, answers, rows):
+        if not math.isfinite(score):
+            raise UserError(f"data.reward gave {score} for the answer {answer!r} to {row['prompt']!r}")
+    return scores
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio
 

@@ -1354,6 +1354,19 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(first_ru
         train.main([*TINY, "--out", str(first_run.parent / "other"), "--ctc-steps", "5"])
 
 
+def test_a_folder_serves_one_process_and_is_taken_by_what_trains_there(first_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with data.lock(run, wait=False), pytest.raises(data.DataError, match="in use by another process"):
+        train.main([*TINY, "--out", str(run)])
+    with monkeypatch.context() as broken, pytest.raises(data.UserError, match=r"data.reward gave nan for the answer"):
+        broken.setattr(data, "reward", lambda answer, row: math.nan)
+        train.main([*TINY, "--lr", "0.1", "--base", base_of(first_run), "--out", str(run)])
+    train.main([*TINY, "--base", base_of(first_run), "--out", str(run)])  # nothing had been done there yet
+    (run / "results.json").write_text("{")
+    with pytest.raises(data.DataError, match=r"results.json cannot be read"):
+        train.main([*TINY, "--base", base_of(first_run), "--out", str(run)])
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--algo", "ppo"], "algo"), (["--no-such-flag"], "no-such-flag"), (["--lr", "fast"], "lr"),
     (["--top-p", "0"], "top_p"),

@@ -355,7 +355,7 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
         "BLEU greedy": data.corpus_bleu(greedy, references, lowercase=True),
         "BLEU sampled": float(np.mean([data.corpus_bleu(texts, references, lowercase=True) for texts in passes])),
         "exact match %": 100 * float(np.mean([a == r for a, r in zip(greedy, references)])),
-        "mean reward x100": 100 * float(np.mean([data.reward(a, r) for t in passes for a, r in zip(t, rows)])),
+        "mean reward x100": 100 * float(np.mean([data.rewards(texts, rows) for texts in passes])),
     }
     if any("slots" in row for row in rows):
         swapped = answer(model, tokenizer, split, cfg, swapped=other)
@@ -415,9 +415,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         tokens_host, lengths_host = tokens.cpu(), rollout.lengths.cpu()
         surprisal_host = -rollout.logq[..., :T].cpu()
         texts = [[tokenizer.decode(t[:n].tolist()) for t, n in zip(*group)] for group in zip(tokens_host, lengths_host)]
-        rewards = [[data.reward(text, train.rows[i]) for text in group] for i, group in zip(indices, texts)]
-        if not np.isfinite(rewards).all():
-            raise data.UserError(f"data.reward gave a number that is not finite: {rewards} for {texts}")
+        rewards = [data.rewards(group, [train.rows[i]] * len(group)) for i, group in zip(indices, texts)]
 
         # Credit: per prompt, from the tree its own responses form.
         before_credit = time.perf_counter()
@@ -499,7 +497,8 @@ def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count
     for n, i in enumerate(indices):
         row = split.rows[i]
         tokens, lengths = rollout.tokens[n].cpu(), rollout.lengths[n].cpu()
-        rewards = [data.reward(tokenizer.decode(t[:m].tolist()), row) for t, m in zip(tokens, lengths)]
+        texts = [tokenizer.decode(t[:m].tolist()) for t, m in zip(tokens, lengths)]
+        rewards = data.rewards(texts, [row] * len(texts))
         advantages, _ = credit(cfg, tokens, lengths, -rollout.logq[n].cpu(), rewards)
         print(f"  question   {row['prompt'].replace(data.AUDIO, '')}")
         print(f"  reference  {row['reference']}")
