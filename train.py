@@ -540,7 +540,7 @@ def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, refe
     rollout = model.sample(prompts, u, tokenizer.eos_id, run.temperature, run.top_p)
     tokens, lengths, surprisal = rollout.tokens[0].cpu(), rollout.lengths[0].cpu(), -rollout.logq[0].cpu()
     rows = [t[:n].tolist() for t, n in zip(tokens, lengths)]
-    rewards = [data.reward(tokenizer.decode(ids), row) if reference else 0.0 for ids in rows]
+    rewards = data.rewards(list(map(tokenizer.decode, rows)), [row] * samples) if reference else [0.0] * samples
     boundaries = leaf.select_boundaries(surprisal, lengths, run.fork_budget, run.min_prefix)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
     advantages, _ = credit(run, tokens, lengths, surprisal, rewards)
