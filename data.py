@@ -1,4 +1,4 @@
-"""What goes in and what is rewarded: rows, audio, text, BLEU, and the synthetic spoken task of the default run.
+"""What goes in and what is rewarded: rows, audio, text and BLEU.
 
 A row is a dict {"audio", "prompt", "reference"} and optionally
 
@@ -12,6 +12,8 @@ A corpus is a folder with train.jsonl, validation.jsonl and test.jsonl, one row 
 """
 
 import collections
+import contextlib
+import datetime
 import fcntl
 import hashlib
 import io
@@ -19,17 +21,24 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
+import jinja2.sandbox
 import numpy as np
 import sentencepiece
 import soundfile
+import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT, WINDOW, HOP, N_MELS = 512, 400, 160, 80  # samples: 25 ms windows every 10 ms, 100 mel frames per second
+TEMPLATE_DATE = datetime.date(2025, 4, 9)
 AUDIO = "<|audio|>"  # its place in the prompt is where the audio embeddings go
 
 
@@ -42,7 +51,7 @@ class DataError(UserError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, whole or not at all, and one process at a time
+# Never lose work: files whole or not at all, one process at a time, stops that save, checkpoints
 
 
 def write_json(path: Path, value):
@@ -77,6 +86,58 @@ def lock(folder: Path, wait: bool):
     except BlockingIOError:
         raise DataError(f"{folder} is in use by another process") from None
     return handle
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM are noted for the loop to save and leave; a second one stops at once."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], optimizer):
+    """One folder, step-NNNNNN: everything is written and synced under another name, then renamed once."""
+    tensors = {f"value.{name}": tensor for name, tensor in named.items()}
+    for name, tensor in named.items():
+        for key, moment in optimizer.state.get(tensor, {}).items():
+            tensors[f"{key}.{name}"] = moment
+    final, temporary = folder / f"step-{step:06d}", folder / f"saving-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
+    write_json(temporary / "state.json", {"step": step})
+    sync(temporary / "tensors.safetensors")
+    sync(temporary)
+    os.rename(temporary, final)
+    for old in sorted(folder.glob("step-*"))[:-2]:  # the newest two
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, named: dict[str, torch.Tensor], optimizer) -> int:
+    """Restore the newest complete checkpoint; returns its step, 0 where there is none."""
+    for leftover in folder.glob("saving-*"):  # a save that was killed
+        shutil.rmtree(leftover)
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return 0
+    tensors = load_file(found[-1] / "tensors.safetensors")
+    with torch.no_grad():
+        for name, tensor in named.items():
+            tensor.copy_(tensors.pop(f"value.{name}"))
+    for key, moment in tensors.items():
+        kind, _, name = key.partition(".")
+        optimizer.state[named[name]][kind] = moment if kind == "step" else moment.to(named[name].device)  # as AdamW
+    return read_json(found[-1] / "state.json")["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,6 +210,17 @@ def slot_accuracy(answers: list[str], rows: list[dict]) -> float:
     return found / total if total else math.nan
 
 
+def rouge_l(answer: str, reference: str) -> float:
+    """0..1: F1 of the longest common subsequence of words (Lin 2004), lower case, without punctuation or stemming."""
+    a, b = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    longest = [0] * (len(b) + 1)  # of the words of the answer so far and the first j of the reference
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, longest[j] = longest[j], diagonal + 1 if word == other else max(longest[j], longest[j - 1])
+    return 2 * longest[-1] / (len(a) + len(b)) if longest[-1] else 0.0
+
+
 def swap(rows: list[dict]) -> list[int]:
     """For each row another with the same prompt, where there is one: what would be said if the audio were ignored?"""
     by_prompt, other = {}, list(range(len(rows)))
@@ -174,14 +246,53 @@ def rewards(answers: list[str], rows: list[dict]) -> list[float]:
     return scores
 
 
+def scores(rows: list[dict], greedy: list[str], passes: list[list[str]], swapped: list[str] | None) -> dict[str, float]:
+    """What evaluation reports, of one greedy answer and some sampled ones to each row.
+
+    swapped: greedy answers to the audio of the rows at swap(rows), where rows have slots.
+    """
+    references = [row["reference"] for row in rows]
+    bleu = [corpus_bleu(texts, references, lowercase=True) for texts in passes]
+    exact = [np.mean([a.split() == r.split() for a, r in zip(texts, references)]) for texts in [greedy, *passes]]
+    result = {
+        "BLEU greedy": corpus_bleu(greedy, references, lowercase=True),
+        "BLEU sampled": np.mean(bleu),
+        "BLEU sampled, std": np.std(bleu, ddof=1) if len(bleu) > 1 else 0.0,
+        "ROUGE-L sampled": 100 * np.mean([rouge_l(a, r) for texts in passes for a, r in zip(texts, references)]),
+        "exact match %": 100 * exact[0],
+        "exact match sampled %": 100 * np.mean(exact[1:]),
+        "mean reward x100": 100 * np.mean([rewards(texts, rows) for texts in passes]),
+    }
+    if swapped:
+        result["slots heard %"] = 100 * slot_accuracy(greedy, rows)
+        result["slots, audio swapped %"] = 100 * slot_accuracy(swapped, rows)
+        # What the swapped audio's own right answers would score: the level of not listening.
+        result["slots, chance %"] = 100 * slot_accuracy([references[j] for j in swap(rows)], rows)
+    for group in sorted({row["group"] for row in rows if "group" in row}):
+        chosen = [i for i, row in enumerate(rows) if row.get("group") == group]
+        pairs = [greedy[i] for i in chosen], [references[i] for i in chosen]
+        result[f"BLEU greedy, {group}"] = corpus_bleu(*pairs, lowercase=True)
+    return {name: float(value) for name, value in result.items()}
+
+
+def show_table(title: str, columns: dict[str, dict]):
+    """Results side by side, and the difference of two."""
+    width = max(map(len, [title, *next(iter(columns.values()))]))
+    print(f"\n{title:{width}}" + "".join(f" {name:>9}" for name in columns) + "  difference" * (len(columns) == 2))
+    for row in zip(*(column.items() for column in columns.values())):
+        values = [value for _, value in row]
+        difference = f" {values[1] - values[0]:+11.2f}" if len(values) == 2 else ""
+        print(f"{row[0][0]:{width}}" + "".join(f" {value:9.2f}" for value in values) + difference)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio
 
 
 def load_audio(row: dict) -> torch.Tensor:
-    """The row's audio as (samples,) float32, 16 kHz mono. A dict in place of a path is speech to synthesise."""
-    if isinstance(row["audio"], dict):
-        return synthesize(**row["audio"])
+    """The row's audio as (samples,) float32, 16 kHz mono."""
+    if not isinstance(row["audio"], str):  # synthetic speech
+        return row["audio"].samples()
     try:
         samples, rate = soundfile.read(row["audio"], dtype="float32", always_2d=True)  # (samples, channels)
     except (OSError, soundfile.SoundFileError) as error:
@@ -238,10 +349,10 @@ class Cache:
     """
 
     def __init__(self, compute, n: int, gigabytes: float, title: str, batch: int = 32):
-        self.compute, self.kept = compute, []
+        self.compute, self.kept = torch.no_grad()(compute), []
         room = gigabytes * 1e9
         for start in tqdm(range(0, n, batch), desc=title, leave=False, disable=None):
-            fresh = compute(list(range(start, min(n, start + batch))))
+            fresh = self.compute(list(range(start, min(n, start + batch))))
             room -= sum(tensor.nbytes for tensor in fresh)
             if room < 0:
                 break
@@ -293,6 +404,68 @@ class Tokenizer:
         return [self.sp.id_to_piece(i).replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for i in ids]
 
 
+class ChatTokenizer:
+    """The tokenizer.json of a released checkpoint, and its chat template around every prompt."""
+
+    def __init__(self, folder: Path, system_prompt: str):
+        settings = {}
+        if (folder / "tokenizer_config.json").exists():
+            settings = read_json(folder / "tokenizer_config.json")
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.audio_id = self.tokenizer.token_to_id(AUDIO)
+        self.special = {}  # what templates may ask for, as transformers hands it to them
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = settings.get(name)
+            self.special[name] = token["content"] if isinstance(token, dict) else token
+        self.eos_id = self.tokenizer.token_to_id(self.special["eos_token"] or "")
+        if self.eos_id is None or self.audio_id is None:
+            raise DataError(f"{folder}: no eos_token in tokenizer_config.json, or no {AUDIO} in tokenizer.json")
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.template = chat_template(folder, settings)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        messages = self.system + [{"role": "user", "content": prompt}]
+        text = self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+
+
+def chat_template(folder: Path, settings: dict) -> jinja2.Template:
+    """The conversation's format, wherever a checkpoint keeps it; it is code, so it runs in jinja's sandbox."""
+    source = settings.get("chat_template")
+    if (folder / "chat_template.json").exists():
+        source = read_json(folder / "chat_template.json")["chat_template"]
+    if (folder / "chat_template.jinja").exists():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not source:
+        raise DataError(f"{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json")
+
+    def raise_exception(message):
+        raise DataError(f"{folder}: the chat template says: {message}")
+
+    def strftime_now(form):  # a run means the same tomorrow
+        return TEMPLATE_DATE.strftime(form)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(source)
+
+
+def load_tokenizer(folder: Path, system_prompt: str = ""):
+    """Of a base trained here, or of a released checkpoint."""
+    if (folder / "tokenizer.model").exists():
+        return Tokenizer(folder / "tokenizer.model")
+    return ChatTokenizer(folder, system_prompt)
+
+
 def target(row: dict) -> str:
     return row.get("target", row["reference"])
 
@@ -319,11 +492,13 @@ class Alphabet:
 # Corpora on disk
 
 
-def load_corpus(folder, max_seconds: float, skip_bad_rows: bool = False) -> dict[str, list[dict]]:
-    """Read and check the three splits. Every row is looked at before anything else happens; DataError lists the bad."""
+def load_corpus(
+    folder, max_seconds: float, skip_bad_rows: bool = False, splits=("train", "validation", "test")
+) -> dict[str, list[dict]]:
+    """Read and check the splits. Every row is looked at before anything else happens; DataError lists the bad."""
     folder = Path(folder)
-    splits, bad = {}, []
-    for split in ("train", "validation", "test"):
+    corpus, bad = {}, []
+    for split in splits:
         file = folder / f"{split}.jsonl"
         if not file.is_file():
             raise DataError(f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, test.jsonl")
@@ -338,23 +513,23 @@ def load_corpus(folder, max_seconds: float, skip_bad_rows: bool = False) -> dict
                 rows.append(check_row(line, folder, max_seconds))
             except DataError as error:
                 bad.append(f"{file}, line {number}: {error}")
-        splits[split] = rows
+        corpus[split] = rows
     if bad:
         summary = "\n  ".join([f"{len(bad)} bad rows"] + bad[:5] + (["..."] if len(bad) > 5 else []))
         if not skip_bad_rows:
             raise DataError(f"{summary}\nFix them, or go on without them: --skip-bad-rows")
         print(f"skipping {summary}")
-        for split, rows in splits.items():
+        for split, rows in corpus.items():
             if not rows:
                 raise DataError(f"{folder / split}.jsonl has no good row left")
-    return splits
+    return corpus
 
 
 def fingerprint(rows: list[dict]) -> str:
     """Of the rows' content, wherever their folder lies: neither a run nor a base is taken up again on other data."""
 
     def portable(audio):  # a file by its name and size; synthetic speech by what it is made from
-        return audio if isinstance(audio, dict) else [Path(audio).name, Path(audio).stat().st_size]
+        return [Path(audio).name, Path(audio).stat().st_size] if isinstance(audio, str) else asdict(audio)
 
     rows = [row | {"audio": portable(row["audio"])} for row in rows]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
@@ -425,10 +600,13 @@ class Split:
             self.frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
             self.mels.forget()
 
-    def project(self, model, tokenizer):
-        """And through the projector, frozen too: what is left for RL is embeddings in, text out."""
-        self.encode(model)
+    def project(self, model, tokenizer, frozen: bool = True):
+        """And through the projector: if that is frozen too, what is left for RL is embeddings in, text out."""
         self.prompts = [tokenizer.encode_prompt(row["prompt"]) for row in self.rows]
+        if not frozen:  # heard anew each time, by the model as it is then, with gradients where they are enabled
+            self.sounds = lambda indices: model.project(model.encode(self.mels(indices)))
+            return
+        self.encode(model)
         self.sounds = self.cache("projecting", lambda indices: model.project(self.frames(indices)))
         self.frames.forget()
 
@@ -448,156 +626,3 @@ def noise(seed: list[int], indices: list[int], K: int, T: int, device) -> torch.
     """(P, K, T) uniform numbers keyed by (seed, prompt, response): the same for whoever else is in the batch."""
     rows = [[np.random.default_rng([*seed, i, k]).random(T, dtype=np.float32) for k in range(K)] for i in indices]
     return torch.from_numpy(np.array(rows)).to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic speech: a source-filter voice. Pulses and noise, shaped frame by frame by formants in the STFT domain.
-
-# Phone: F1, F2, F3 (Hz; vowels from Peterson & Barney 1952), voicing, noise, noise centre (Hz), length (ms)
-PHONES = {
-    "i": (270, 2290, 3010, 1, 0, 0, 75), "I": (390, 1990, 2550, 1, 0, 0, 60), "e": (530, 1840, 2480, 1, 0, 0, 70),
-    "a": (660, 1720, 2410, 1, 0, 0, 75), "A": (730, 1090, 2440, 1, 0, 0, 75), "o": (570, 840, 2410, 1, 0, 0, 75),
-    "U": (440, 1020, 2240, 1, 0, 0, 60), "u": (300, 870, 2240, 1, 0, 0, 70), "V": (640, 1190, 2390, 1, 0, 0, 60),
-    "R": (490, 1350, 1690, 1, 0, 0, 70), "m": (250, 1000, 2200, 0.5, 0, 0, 55), "n": (250, 1500, 2500, 0.5, 0, 0, 50),
-    "l": (360, 1300, 2700, 0.6, 0, 0, 50), "r": (330, 1060, 1380, 0.6, 0, 0, 50), "w": (290, 610, 2150, 0.6, 0, 0, 50),
-    "j": (260, 2070, 3020, 0.6, 0, 0, 45), "s": (320, 1390, 2530, 0, 0.35, 5500, 75),
-    "z": (320, 1390, 2530, 0.3, 0.2, 5500, 60), "S": (300, 1840, 2750, 0, 0.4, 3000, 75),
-    "f": (340, 1100, 2080, 0, 0.15, 4500, 60), "v": (220, 1100, 2080, 0.4, 0.08, 4500, 50),
-    "h": (500, 1500, 2500, 0, 0.2, 1500, 50), "T": (320, 1290, 2540, 0, 0.1, 6000, 55),
-    "p": (400, 1100, 2150, 0, 0.25, 900, 55), "b": (200, 1100, 2150, 0.2, 0.1, 900, 50),
-    "t": (400, 1600, 2600, 0, 0.35, 4000, 55), "d": (200, 1600, 2600, 0.2, 0.15, 4000, 50),
-    "k": (300, 1990, 2850, 0, 0.3, 2000, 60), "g": (200, 1990, 2850, 0.2, 0.15, 2000, 50),
-    " ": (500, 1500, 2500, 0, 0, 0, 25),
-}  # fmt: skip
-STOPS = set("pbtdkg")  # silence first, then the burst
-
-
-def synthesize(phones: str, seed: int) -> torch.Tensor:
-    """Speech for a string of phones: (samples,) float32 at 16 kHz. The seed is the speaker, the pace and the noise."""
-    rng = np.random.default_rng(seed)
-    pitch, size, pace = rng.uniform(90, 230), rng.uniform(0.9, 1.15), rng.uniform(0.85, 1.15)
-    snr = rng.uniform(15, 30)  # dB
-    hop, n_fft = 128, 512  # 8 and 32 ms
-    frames = []
-    for phone in f" {phones} ":
-        *values, milliseconds = PHONES[phone]
-        count = max(2, round(milliseconds * pace * rng.uniform(0.85, 1.15) / 8))
-        block = np.tile(np.array(values, dtype=np.float32), (count, 1))
-        if phone in STOPS:
-            block[: count // 2, 4] = 0
-        frames.append(block)
-    track = torch.from_numpy(np.concatenate(frames))  # (frames, 6)
-    smooth = torch.nn.functional.avg_pool1d(track.T[None], 3, 1, 1, count_include_pad=False)[0].T  # coarticulation
-    formants, voicing, noise, centre = smooth[:, :3] * size, smooth[:, 3], smooth[:, 4], track[:, 5].clamp(min=1)
-
-    samples = len(track) * hop
-    time = np.arange(samples) / SAMPLE_RATE
-    contour = pitch * (1 + 0.08 * np.sin(2 * np.pi * rng.uniform(0.5, 1.5) * time + rng.uniform(0, 6)) - 0.05 * time)
-    pulses = np.diff(np.floor(np.cumsum(contour / SAMPLE_RATE)), prepend=0).astype(np.float32) * 6
-    source = torch.from_numpy(np.stack((pulses, rng.standard_normal(samples).astype(np.float32))))
-    window = torch.hann_window(n_fft)
-    source = torch.stft(source, n_fft, hop, window=window, return_complex=True)[..., : len(track)]  # (2, bins, frames)
-
-    f = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1)[:, None]  # (bins, 1)
-    vocal_tract = 1 / (1 + (f / 500) ** 2).sqrt()  # the glottal source falls off with frequency
-    for k, bandwidth in enumerate((80.0, 100.0, 140.0)):
-        F = formants[:, k]  # (frames,): a second-order resonance at F
-        vocal_tract = vocal_tract * F**2 / ((F**2 - f**2) ** 2 + (bandwidth * f) ** 2).sqrt()
-    friction = torch.exp(-0.5 * ((f - centre * size) / (0.35 * centre)) ** 2)
-    spectrum = source[0] * vocal_tract * voicing + source[1] * friction * noise * 3
-    audio = torch.istft(spectrum, n_fft, hop, window=window)
-    audio = audio / audio.square().mean().sqrt()
-    hiss = torch.from_numpy(rng.standard_normal(len(audio)).astype(np.float32))
-    return 0.05 * (audio + hiss * 10 ** (-snr / 20))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic tasks. Somebody does something with some things somewhere on some day; the audio says it, a question asks.
-#
-# The answer's wording has free choices (determiner, verb, preposition, ...). Supervised targets draw them at random
-# 90% of the time; the reference fixes them by the content. So the base learns to hear and to speak, but not which
-# wording is rewarded: that is left for RL to find out.
-
-# English word -> (phones, Japanese in Latin letters)
-NAMES = {"Anna": ("anV", "anna"), "Boris": ("borIs", "borisu"), "Clara": ("klarV", "kurara"),
-         "David": ("deivId", "deibitto"), "Emma": ("emV", "ema"), "Felix": ("filIks", "ferikkusu"),
-         "Greta": ("gretV", "gureta"), "Hugo": ("hjugo", "hyuugo")}  # fmt: skip
-VERBS = {"bought": ("bot", "katta"), "sold": ("sold", "utta"), "found": ("faund", "mitsuketa"),
-         "lost": ("lAst", "nakushita")}  # fmt: skip
-NUMBERS = {"two": ("tu", "futatsu"), "three": ("Tri", "mittsu"), "four": ("for", "yottsu"), "five": ("faiv", "itsutsu"),
-           "six": ("sIks", "muttsu"), "seven": ("sevVn", "nanatsu"), "eight": ("eit", "yattsu"),
-           "nine": ("nain", "kokonotsu")}  # fmt: skip
-COLOURS = {"red": ("red", "akai"), "blue": ("blu", "aoi"), "green": ("grin", "midori"), "yellow": ("jelo", "kiiroi"),
-           "black": ("blak", "kuroi"), "white": ("wait", "shiroi")}  # fmt: skip
-OBJECTS = {"apples": ("apVlz", "ringo"), "books": ("bUks", "hon"), "chairs": ("tSerz", "isu"),
-           "lamps": ("lamps", "ranpu"), "boxes": ("bAksIz", "hako"), "shirts": ("SRts", "shatsu"),
-           "bottles": ("bAtVlz", "bin"), "hats": ("hats", "boushi")}  # fmt: skip
-PLACES = {"market": ("mArkIt", "ichiba"), "station": ("steiSVn", "eki"), "school": ("skul", "gakkou"),
-          "harbour": ("hArbR", "minato"), "garden": ("gArdVn", "niwa"), "bakery": ("beikRi", "panya")}  # fmt: skip
-DAYS = {"Monday": ("mVndei", "getsuyou"), "Tuesday": ("tjuzdei", "kayou"), "Wednesday": ("wenzdei", "suiyou"),
-        "Thursday": ("TRzdei", "mokuyou"), "Friday": ("fraidei", "kinyou"), "Saturday": ("satRdei", "doyou"),
-        "Sunday": ("sVndei", "nichiyou")}  # fmt: skip
-FIELDS = (NAMES, VERBS, NUMBERS, COLOURS, OBJECTS, PLACES, DAYS)
-VERB_WORDS = {"bought": ("bought", "purchased", "acquired"), "sold": ("sold", "traded", "auctioned"),
-              "found": ("found", "discovered", "spotted"), "lost": ("lost", "misplaced", "dropped")}  # fmt: skip
-DETERMINERS, PREPOSITIONS, DAY_WORDS = ("the", "those", "some"), ("at", "in", "near"), ("on", "last", "this")
-WERE, WAS = ("were", "stood", "lay"), ("was", "waited", "stayed")
-QUESTIONS = ("What happened?", "What was it and where?", "Who was where and when?")
-
-
-def _english_audio(content) -> tuple[str, str]:
-    name, verb, number, colour, thing, place, day = content
-    phones = [table[word][0] for table, word in zip(FIELDS, content)]
-    phones = phones[:5] + ["at", "zV", phones[5], "An", phones[6]]
-    return f"{name} {verb} {number} {colour} {thing} at the {place} on {day}".lower(), " ".join(phones)
-
-
-def _japanese_audio(content) -> tuple[str, str]:
-    """Subject, day, place, colour, thing, number, verb: neither the words nor their order are English."""
-    name, verb, number, colour, thing, place, day = (table[word][1] for table, word in zip(FIELDS, content))
-    text = f"{name} wa {day} ni {place} de {colour} {thing} o {number} {verb}"
-    phones = text.replace("sh", "S").replace("ch", "tS").replace("y", "j").replace("a", "A")
-    return text, phones
-
-
-def _answer(question: int, content, choice) -> tuple[str, list[str]]:
-    """The answer to QUESTIONS[question] with the wording that choice(options, deciding field) picks; and its slots."""
-    name, verb, number, colour, thing, place, day = content
-    determiner, where = choice(DETERMINERS, 4), f"{choice(PREPOSITIONS, 5)} the {place}"
-    if question == 0:
-        what = f"{choice(VERB_WORDS[verb], 0)} {determiner} {number} {colour} {thing}"
-        text = f"{name} {what} {where} {choice(DAY_WORDS, 6)} {day}."
-        return text, [name, "|".join(VERB_WORDS[verb]), number, colour, thing, place, day]
-    if question == 1:
-        text = f"{determiner.capitalize()} {number} {colour} {thing} {choice(WERE, 3)} {where}."
-        return text, [number, colour, thing, place]
-    text = f"{choice(DAY_WORDS, 6).capitalize()} {day} {name} {choice(WAS, 0)} {where}."
-    return text, [day, name, place]
-
-
-def synthetic_corpus(task: str, sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
-    """Splits of the spoken "qa" or "translation" task. No content (seven slot values) occurs in two rows."""
-    rng = np.random.default_rng([seed, ("qa", "translation").index(task)])
-    splits, seen = {}, set()
-    for split, size in sizes.items():
-        rows = splits[split] = []
-        while len(rows) < size:
-            index = [int(rng.integers(len(table))) for table in FIELDS]
-            if tuple(index) in seen:
-                continue
-            seen.add(tuple(index))
-            content = [list(table)[i] for table, i in zip(FIELDS, index)]
-            question = len(rows) % len(QUESTIONS) if task == "qa" else 0
-            transcript, phones = (_english_audio if task == "qa" else _japanese_audio)(content)
-            reference, slots = _answer(question, content, lambda options, f: options[index[f] % len(options)])
-            free = rng.random() < 0.9
-            wording, _ = _answer(question, content, lambda options, f: options[rng.integers(len(options))])
-            rows.append({
-                "audio": {"phones": phones, "seed": int(rng.integers(2**31))},
-                "prompt": AUDIO + (QUESTIONS[question] if task == "qa" else "Translate into English."),
-                "reference": reference,
-                "target": wording if free else reference,
-                "transcript": transcript,
-                "slots": slots,
-            })  # fmt: skip
-    return splits

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 # The seven projections of every decoder layer. A plain list of suffixes would also match `up_proj` and `down_proj`
 # of the Conformer's feed-forwards; this pattern names the decoder, in our module names and in transformers'.
@@ -41,7 +42,7 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # so it starts as the identity
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.r, self.scale, self.dropout = r, alpha / r, nn.Dropout(dropout)
+        self.r, self.alpha, self.scale, self.dropout = r, alpha, alpha / r, nn.Dropout(dropout)
         self.enabled, self.merged = True, False
         self.train(base.training)  # an adapter put on a model in eval mode must not drop out
 
@@ -76,9 +77,7 @@ def apply_lora(model: nn.Module, targets=DECODER_TARGETS, r: int = 64, alpha: fl
         raise ValueError(f"no linear layer matches the LoRA targets {targets!r}")
     model.requires_grad_(False)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, child, LoRALinear(getattr(parent, child), r, alpha, dropout))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
     return names
 
 
@@ -121,54 +120,113 @@ def unmerge(model: nn.Module):
             layer.merged = False
 
 
+def fold(model: nn.Module):
+    """Merge for good: plain linear layers again, ready for another adapter."""
+    merge(model)
+    for name, layer in lora_layers(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        model.set_submodule(name, plain.train(layer.training))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# PEFT's files: adapter_model.safetensors and adapter_config.json. Released Granite Speech files, and our modules, say
-# language_model.model.layers; transformers 5 in memory says model.language_model.layers, and PEFT keys follow it.
+# Names. Released Granite Speech files, and our modules, say language_model.model.layers; transformers 5 in memory says
+# model.language_model.layers, and the keys of PEFT's files follow it with base_model.model. in front.
 
 
-def _peft_key(name: str) -> str:
-    module, _, which = name.rpartition(".")
-    module = module.replace("language_model.model.", "language_model.")
-    return f"base_model.model.model.{module}.{which}.weight"
+def released_name(name: str) -> str:
+    """Any of these names of a tensor or module, as released files and our modules have it."""
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
+    name = re.sub(r"^lm_head\b", "language_model.lm_head", name)
+    return re.sub(r"^language_model\.(model\.)*(?!lm_head\b)", "language_model.model.", name)
 
 
-def save_adapter(model: nn.Module, folder, alpha: float, dropout: float, targets=DECODER_TARGETS, base: str = ""):
+def transformers_name(name: str) -> str:
+    """The name of one of our modules in transformers 5."""
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtype=None) -> dict[str, torch.Tensor]:
+    """Tensors of safetensors files by our names, one by one to the device and in dtype (None: as stored).
+
+    wanted: every name and its shape. Raises ValueError with the tensors that are unknown, missing or of another shape.
+    """
+    found, problems = {}, []
+    for file in files:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            for key in tensors.keys():
+                name, shape = released_name(key), tuple(tensors.get_slice(key).get_shape())
+                if name not in wanted:
+                    problems.append(f"unknown {key}")
+                elif shape != tuple(wanted[name]):
+                    problems.append(f"{key} is {shape}, not {tuple(wanted[name])}")
+                else:
+                    tensor = tensors.get_tensor(key)
+                    found[name] = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+    problems += [f"missing {name}" for name in wanted.keys() - found.keys()]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in sorted(problems)[:10]) + "\n  ..." * (len(problems) > 10)
+        raise ValueError(f"{files[0]} does not fit the model or its config.json, {len(problems)} problems:{listed}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEFT's files: adapter_model.safetensors and adapter_config.json
+
+# Options of PEFT's LoraConfig that change what the tensors mean.
+UNSUPPORTED = (
+    "alora_invocation_tokens", "alpha_pattern", "exclude_modules", "layer_replication", "layers_to_transform",
+    "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora",
+    "use_rslora",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = ""):
     """Write the adapters as PEFT does; base is the name or path of the model they belong to."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = lora_parameters(model)
+    layer = next(iter(lora_layers(model).values()))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": next(iter(lora_layers(model).values())).r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "r": layer.r,
+        "lora_alpha": layer.alpha,
+        "lora_dropout": layer.dropout.p,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {_peft_key(name): p.detach().cpu().contiguous() for name, p in parameters.items()}
+    tensors = {}
+    for name, parameter in lora_parameters(model).items():
+        tensors[f"base_model.model.{transformers_name(name)}.weight"] = parameter.detach().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model: nn.Module, folder):
-    """Apply and fill the adapters that save_adapter or PEFT wrote. Raises ValueError where they do not fit."""
+    """Apply and fill the adapters that save_adapter or PEFT wrote. Returns their target_modules.
+
+    Raises ValueError, and leaves the model as it was, where the tensors do not fit the model or adapter_config.json,
+    or PEFT options are set that are not implemented here.
+    """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if config.get(key):
-            raise ValueError(f"{folder / 'adapter_config.json'}: {key} is not supported here")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    targets = config["target_modules"]
-    apply_lora(model, targets, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-    wanted = {_peft_key(name): p for name, p in lora_parameters(model).items()}
-    if wanted.keys() != tensors.keys():
-        missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        raise ValueError(f"{folder}: tensors missing {missing[:3]}, unknown {unknown[:3]}")
+    refused = [key for key in UNSUPPORTED if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if refused or config.get("peft_type") != "LORA" or not {"r", "lora_alpha", "target_modules"} <= config.keys():
+        what = f"{', '.join(refused)} not supported here" if refused else "not a LoRA as PEFT writes it"
+        raise ValueError(f"{folder / 'adapter_config.json'}: {what}")
+    r, targets = config["r"], config["target_modules"]
+
+    wanted, names = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (is_target(name, targets) or is_target(transformers_name(name), targets)):
+            wanted[f"{name}.lora_A.weight"] = (r, module.in_features)
+            wanted[f"{name}.lora_B.weight"] = (module.out_features, r)
+            names.append(name)
+    tensors = read_tensors([folder / "adapter_model.safetensors"], wanted)
+    apply_lora(model, names, r, config["lora_alpha"], config.get("lora_dropout", 0.0))
     with torch.no_grad():
-        for key, parameter in wanted.items():
-            if parameter.shape != tensors[key].shape:
-                raise ValueError(f"{folder}: {key} is {tuple(tensors[key].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(tensors[key])
+        for name, parameter in lora_parameters(model).items():
+            parameter.copy_(tensors[f"{name}.weight"])
+    return targets

@@ -31,7 +31,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from lora import fold, load_adapter, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape of the model. Field names and file format are those of a Granite Speech config.json.
@@ -395,7 +397,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
+        # The queries of a group, which share a key-value head, as more rows: fused kernels take masks but not groups.
+        grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H_kv, G * S, D)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scale).view(q.shape)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -439,6 +443,7 @@ class Decoder(nn.Module):
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
         angle = (positions[..., None].float() * frequency).repeat(1, 1, 2)[:, None]  # (B, 1, S, D)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, i, cache)
         if cache is not None:
@@ -529,16 +534,14 @@ class SpeechLM(nn.Module):
         self.projector.query.data.normal_(0, 1, generator=generator)
         return self
 
-    # ---- audio, once it is frozen
+    # ---- audio
 
-    @torch.no_grad()
     def encode(self, mels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Log-mels (T, 160) -> encoder frames (T, C) each."""
         mel, lengths = pad(mels, self.device)
         frames, _ = self.encoder(mel.to(self.projector.query.dtype), lengths)
         return [f[:n].clone() for f, n in zip(frames, lengths.tolist())]
 
-    @torch.no_grad()
     def project(self, frames: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encoder frames (T, C) -> audio embeddings (N, C_text) each."""
         frames, lengths = pad(frames, self.device)
@@ -574,9 +577,8 @@ class SpeechLM(nn.Module):
         # Token 0 is predicted at the prompt's last position, token t + 1 at token t's.
         first = hidden[torch.arange(P), last_position(prompts.valid)][:, None].expand(-1, K, -1)
         hidden = torch.cat((first, hidden[:, L : L + (T - 1) * K]), dim=1)  # (P, T*K, C)
-        logp = -F.cross_entropy(
-            self.language_model.logits(hidden).flatten(0, 1), by_time.flatten(), reduction="none"
-        )
+        logits = self.language_model.logits(hidden).flatten(0, 1)
+        logp = -F.cross_entropy(logits, by_time.flatten(), reduction="none")
         return logp.view(P, T, K).transpose(1, 2)
 
     # ---- sampling
@@ -625,14 +627,29 @@ class SpeechLM(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder) -> "SpeechLM":
-        """Load what save() wrote. Raises ValueError where tensor names or shapes do not fit config.json."""
+    def from_pretrained(cls, folder, device="cpu", dtype=None) -> "SpeechLM":
+        """Load a released checkpoint, or what save() wrote: config.json, and model.safetensors or its numbered parts.
+
+        Tensors go to the device one by one, in dtype (None: as stored), so that memory holds little more than the
+        weights. A LoRA that lies in the folder is part of the checkpoint (Granite Speech 3.3 has one for when it
+        listens) and is merged into the weights. Raises ValueError with the tensors that are unknown, missing or of
+        another shape than config.json says.
+        """
         folder = Path(folder)
-        model = cls(SpeechConfig.from_dict(json.loads((folder / "config.json").read_text())))
-        try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {error}") from None
+        config = json.loads((folder / "config.json").read_text())
+        with torch.device("meta"):
+            model = cls(SpeechConfig.from_dict(config))
+        index = folder / "model.safetensors.index.json"
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        tensors = read_tensors([folder / file for file in sorted(files)], wanted, device, dtype)
+        model.load_state_dict(tensors, assign=True)
+        if (folder / "adapter_config.json").exists():
+            load_adapter(model, folder)
+            fold(model.requires_grad_(True))
+        elif config.get("has_lora_adapter"):
+            raise ValueError(f"{folder}: adapter_config.json and adapter_model.safetensors are missing, which by "
+                             "config.json belong to it (has_lora_adapter: false if they are merged)")  # fmt: skip
         return model
 
 

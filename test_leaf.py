@@ -36,7 +36,7 @@ import data
 import leaf
 import lora
 import train
-from corpora import asterisk
+from corpora import asterisk, synthetic
 from data import AUDIO, DataError
 from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig, draw
 
@@ -849,8 +849,8 @@ def test_adapters_travel_to_peft_and_back(targets, tmp_path):
     """PEFT, on transformers' model, reads what we write, and writes what we read."""
     peft, theirs = pytest.importorskip("peft"), make_transformers(0, tmp_path / "base")
     ours, again = (SpeechLM.from_pretrained(tmp_path / "base").eval() for _ in "ab")
-    base, _ = logits_of(ours), shake_lora(ours, targets, r=3, alpha=9.0)
-    lora.save_adapter(ours, tmp_path / "ours", alpha=9.0, dropout=0.1, targets=targets, base=str(tmp_path / "base"))
+    base, _ = logits_of(ours), shake_lora(ours, targets, r=3, alpha=9.0, dropout=0.1)
+    lora.save_adapter(ours, tmp_path / "ours", targets, base=str(tmp_path / "base"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=UserWarning)  # PEFT only warns of missing keys
         adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
@@ -871,8 +871,8 @@ def test_adapters_travel_to_peft_and_back(targets, tmp_path):
 def test_adapter_files(tmp_path):
     """A round trip keeps every bit; files that do not fit, or say what is not implemented, are refused by name."""
     model, again = make_model(), make_model()
-    shake_lora(model, r=3, alpha=12.0)
-    lora.save_adapter(model, tmp_path, alpha=12.0, dropout=0.25)
+    shake_lora(model, r=3, alpha=12.0, dropout=0.25)
+    lora.save_adapter(model, tmp_path)
     lora.load_adapter(again, tmp_path)
     same(logits_of(again), logits_of(model))
     assert {layer.dropout.p for layer in lora.lora_layers(again).values()} == {0.25}
@@ -1032,11 +1032,11 @@ def test_synthetic_corpus(task):
     """No content twice, in whatever split; every slot is in reference and target and, asked for, in the audio; the
     supervised wording is mostly not the rewarded one; who does not listen has few slots right."""
     sizes = {"train": 400, "validation": 60, "test": 90}
-    splits = data.synthetic_corpus(task, sizes, seed=3)
+    splits = synthetic.rows(task, sizes, seed=3)
     rows, prompts = sum(splits.values(), []), {row["prompt"] for row in splits["train"]}
-    assert splits == data.synthetic_corpus(task, sizes, seed=3) != data.synthetic_corpus(task, sizes, seed=4)
+    assert splits == synthetic.rows(task, sizes, seed=3) != synthetic.rows(task, sizes, seed=4)
     assert {name: len(part) for name, part in splits.items()} == sizes
-    assert len({row["transcript"] for row in rows}) == len({row["audio"]["phones"] for row in rows}) == len(rows)
+    assert len({row["transcript"] for row in rows}) == len({row["audio"].phones for row in rows}) == len(rows)
     for row in rows:
         assert row["prompt"].count(AUDIO) == 1 and not any(slot in row["prompt"] for slot in row["slots"])
         for text in ("reference", "target", *["transcript"] * (task == "qa")):
@@ -1048,29 +1048,29 @@ def test_synthetic_corpus(task):
     assert all(row["reference"] == wording[(row["prompt"], *row["slots"])] for row in rows)
     assert len(wording) < len(rows) - 10 or task == "translation"
     assert len({(row["prompt"], len(row["slots"])) for row in rows}) == len(prompts) == (3 if task == "qa" else 1)
-    assert set("".join(row["audio"]["phones"] for row in rows)) <= set(data.PHONES)
+    assert set("".join(row["audio"].phones for row in rows)) <= set(synthetic.PHONES)
 
 
 @pytest.mark.parametrize("phones", ["anV bot sevVn red apVlz", "hjugo wA getsujou ni"])
 def test_synthesize(phones):
     """16 kHz, audible, finite; the seed decides everything, nothing outside does; voices and phones differ."""
-    audio, state = data.load_audio({"audio": {"phones": phones, "seed": 7}}), torch.random.get_rng_state()
+    audio, state = data.load_audio({"audio": synthetic.Speech(phones, 7)}), torch.random.get_rng_state()
     np.random.seed(1)
-    same((audio, state), (data.synthesize(phones, 7), torch.random.get_rng_state()))
+    same((audio, state), (synthetic.synthesize(phones, 7), torch.random.get_rng_state()))
     assert audio.dtype == torch.float32 and audio.ndim == 1 and audio.isfinite().all()
     assert 0.02 < audio.square().mean().sqrt() < 0.2 and audio.abs().max() < 1
-    assert 0.7 < len(audio) / sum(16 * data.PHONES[p][-1] for p in f" {phones} ") < 1.4
-    speakers = [data.log_mel(data.synthesize(phones, seed)) for seed in range(6)]
+    assert 0.7 < len(audio) / sum(16 * synthetic.PHONES[p][-1] for p in f" {phones} ") < 1.4
+    speakers = [data.log_mel(synthetic.synthesize(phones, seed)) for seed in range(6)]
     assert all((a[: len(b)] - b[: len(a)]).abs().mean() > 0.02 for a, b in itertools.combinations(speakers, 2))
-    vowels = [data.synthesize("u" * 20, seed)[4000:5600] for seed in range(8)]
+    vowels = [synthetic.synthesize("u" * 20, seed)[4000:5600] for seed in range(8)]
     periods = [torch.fft.irfft(torch.fft.rfft(x, 3200).abs() ** 2)[62:240].argmax() + 62 for x in vowels]  # samples
     assert max(periods) > 1.4 * min(periods)
-    spectra = [data.log_mel(data.synthesize(p * 8, 5)).unflatten(1, (2, 80)).mean((0, 1)) for p in "iAus"]
+    spectra = [data.log_mel(synthetic.synthesize(p * 8, 5)).unflatten(1, (2, 80)).mean((0, 1)) for p in "iAus"]
     assert torch.pdist(torch.stack(spectra)).min() > 0.5
 
 
 def test_tokenizer_and_alphabet(tmp_path):
-    rows = [row for task in ("qa", "translation") for row in data.synthetic_corpus(task, {"train": 150}, 0)["train"]]
+    rows = [row for task in ("qa", "translation") for row in synthetic.rows(task, {"train": 150}, 0)["train"]]
     (tmp_path / "tokenizer.model").write_bytes(data.Tokenizer.train(rows))
     assert data.Tokenizer.train(rows) == (tmp_path / "tokenizer.model").read_bytes()
     tokenizer = data.Tokenizer(tmp_path / "tokenizer.model")
@@ -1310,7 +1310,7 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("where", [
     "(os, 'rename', 5)",  # the policy's first checkpoint is written and not yet in place
-    "(train, 'save_file', 6)",  # in the middle of its second checkpoint
+    "(train.data, 'save_file', 6)",  # in the middle of its second checkpoint
     "(train.shutil, 'rmtree', 1)",  # while an old checkpoint or the base's work is cleaned away
     "(train.Updater, 'step', 13)",  # between checkpoints, with metrics already logged past the last one
     "(train.data, 'write_json', 4)",
@@ -1459,7 +1459,11 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
 
 def test_who_runs_with_lora_and_who_with_dropout(first_run, tmp_path, monkeypatch):
     """Rollouts: LoRA on, no dropout. Reference log-probabilities: LoRA off. The update: LoRA on, with its dropout."""
-    modes = []
+    modes, train_policy = [], train.train_policy
+
+    def from_here_on(*args):
+        modes.clear()  # before that the base was measured, LoRA off
+        train_policy(*args)
 
     def watch(name):
         original = getattr(SpeechLM, name)
@@ -1473,7 +1477,7 @@ def test_who_runs_with_lora_and_who_with_dropout(first_run, tmp_path, monkeypatc
 
         monkeypatch.setattr(SpeechLM, name, watching)
 
-    watch("sample"), watch("response_logp")
+    watch("sample"), watch("response_logp"), monkeypatch.setattr(train, "train_policy", from_here_on)
     monkeypatch.setattr(data, "reward", by_letters)
     train.main([*TINY, "--lora-dropout", "0.5", "--base", base_of(first_run), "--out", str(tmp_path / "run")])
     assert set(modes) == {  # (who, with gradient): (LoRA on, dropout on)

@@ -4,20 +4,20 @@
     python train.py --task translation       synthetic speech in another language -> English text
     python train.py --algo grpo              the baseline: same base, data, seed, budget and rollouts
     python train.py --data DIR               your corpus: train.jsonl, validation.jsonl, test.jsonl (see data.py)
+    python train.py --init DIR --data DIR    start from a released Granite Speech checkpoint
     python train.py --ask AUDIO "question" --out RUN     use what was trained; add --samples 8 to see the tree
+    python train.py --eval-only --out RUN    evaluate what was trained, or a checkpoint: --init DIR --data DIR
 
 Top to bottom: data -> base model (CTC on the encoder, freeze it, then next-token on projector and decoder) ->
 evaluate -> LoRA -> rollouts, rewards, credit, update -> evaluate. Ctrl-C saves; the same command goes on from there.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import resource
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -29,12 +29,12 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
 import leaf
-from lora import DECODER_TARGETS, apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
+from corpora import synthetic
+from lora import DECODER_TARGETS, apply_lora, load_adapter, lora_disabled, lora_layers, lora_parameters, save_adapter
 from model import SpeechConfig, SpeechLM, pad
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,6 +57,8 @@ class Config:
     validation_rows: int = flag(96, "synthetic validation rows; of --data at most so many are used")
     test_rows: int = flag(300, "synthetic test rows; of --data at most so many are used")
     # base model
+    init: str = flag("", "folder of a released Granite Speech checkpoint: the base is this, and not trained here")
+    system_prompt: str = flag("", "with --init, the system turn of its chat template; default: the template's own")
     base: str = flag("", "folder of the base model; default: beside the run, shared by runs; trained if not there")
     base_seed: int = flag(0, "seed of the base model and of the synthetic data", least=0)
     ctc_steps: int = flag(120, "steps of CTC training of the encoder")
@@ -91,6 +93,9 @@ class Config:
     lora_r: int = flag(16, "rank (paper: 64)")
     lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
     lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
+    lora_targets: str = flag("decoder", "its seven projections, or last parts of layers' names: q_proj,up_proj,... "
+                             "which also match in the encoder and then train through it")  # fmt: skip
+    resume_adapter: str = flag("", "folder of a PEFT adapter to go on from; its own settings replace the four above")
     # evaluation
     eval_every: int = flag(50, "steps between greedy evaluations on the validation split; 0: never", least=0)
     eval_passes: int = flag(5, "sampled passes over the test split, at temperature 0.9 and top-p 0.9")
@@ -117,63 +122,11 @@ class Config:
 
     @property
     def base_folder(self) -> Path:
-        return Path(self.base or self.run_folder.parent / f"base-{self.name}-seed{self.base_seed}")
+        return Path(self.init or self.base or self.run_folder.parent / f"base-{self.name}-seed{self.base_seed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Never lose work: checkpoints, and a loop that goes on where it stopped
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """Inside, Ctrl-C and SIGTERM are noted for the loop to save and leave; a second one stops at once."""
-    received = []
-
-    def note(number, frame):
-        if received:
-            raise SystemExit(128 + number)
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def save_checkpoint(folder: Path, step: int, named: dict[str, torch.Tensor], optimizer):
-    """One folder, step-NNNNNN: everything is written and synced under another name, then renamed once."""
-    tensors = {f"value.{name}": tensor for name, tensor in named.items()}
-    for name, tensor in named.items():
-        for key, moment in optimizer.state.get(tensor, {}).items():
-            tensors[f"{key}.{name}"] = moment
-    final, temporary = folder / f"step-{step:06d}", folder / f"saving-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
-    data.write_json(temporary / "state.json", {"step": step})
-    data.sync(temporary / "tensors.safetensors")
-    data.sync(temporary)
-    os.rename(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:  # the newest two
-        shutil.rmtree(old)
-
-
-def load_checkpoint(folder: Path, named: dict[str, torch.Tensor], optimizer) -> int:
-    """Restore the newest complete checkpoint; returns its step, 0 where there is none."""
-    for leftover in folder.glob("saving-*"):  # a save that was killed
-        shutil.rmtree(leftover)
-    found = sorted(folder.glob("step-*"))
-    if not found:
-        return 0
-    tensors = load_file(found[-1] / "tensors.safetensors")
-    with torch.no_grad():
-        for name, tensor in named.items():
-            tensor.copy_(tensors.pop(f"value.{name}"))
-    for key, moment in tensors.items():
-        kind, _, name = key.partition(".")
-        optimizer.state[named[name]][kind] = moment if kind == "step" else moment.to(named[name].device)  # as AdamW
-    return data.read_json(found[-1] / "state.json")["step"]
 
 
 def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Config, seed: int, step_fn):
@@ -184,11 +137,11 @@ def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Confi
     """
     log_file, checkpoints = folder / f"{stage}.jsonl", folder / "checkpoints" / stage
     folder.mkdir(parents=True, exist_ok=True)
-    start = load_checkpoint(checkpoints, named, optimizer)
+    start = data.load_checkpoint(checkpoints, named, optimizer)
     lines = log_file.read_bytes().splitlines(keepends=True) if log_file.exists() else []
     log_file.write_bytes(b"".join(lines[:start]))  # one line a step: what lies past the checkpoint comes again
     bar = tqdm(total=steps, initial=start, desc=stage, disable=None, mininterval=0.5)
-    with stop_requests() as stop, open(log_file, "a", encoding="utf-8") as log, bar:
+    with data.stop_requests() as stop, open(log_file, "a", encoding="utf-8") as log, bar:
         for step in range(start, steps):
             torch.manual_seed(int(np.random.default_rng([seed, step]).integers(2**31)))  # dropout
             metrics = step_fn(step)
@@ -198,7 +151,7 @@ def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Confi
             bar.update()
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stop:
                 os.fsync(log.fileno())
-                save_checkpoint(checkpoints, step + 1, named, optimizer)
+                data.save_checkpoint(checkpoints, step + 1, named, optimizer)
             if stop:
                 tqdm.write(f"saved step {step + 1} of {steps} in {checkpoints}; the same command goes on from there")
                 raise SystemExit(128 + stop[0])
@@ -309,13 +262,7 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
 
     def one_step(step):
         batch = data.order(len(answers), [cfg.base_seed, 2], step * cfg.base_batch, cfg.base_batch)
-        if freeze_encoder:
-            x, lengths = pad(train.frames(batch), model.device)
-        else:
-            mel, lengths = pad(train.mels(batch), model.device)
-            x, _ = model.encoder(mel, lengths)
-        audio, counts = model.projector(x, lengths)
-        audio = [a[:n] for a, n in zip(audio, counts.tolist())]
+        audio = model.project(train.frames(batch) if freeze_encoder else model.encode(train.mels(batch)))
         tokens, answer_lengths = pad([answers[i] for i in batch], model.device)
         logp = model.response_logp(model.embed_prompts([prompts[i] for i in batch], audio), tokens[:, None])[:, 0]
         mask = torch.arange(tokens.shape[1], device=model.device) < answer_lengths[:, None]
@@ -326,6 +273,49 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
 
     fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.adam, cfg, cfg.base_seed, one_step)
     model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to train
+
+
+def load_rows(cfg: Config, splits=("train", "validation", "test")) -> dict[str, list[dict]]:
+    """The rows of --data, all checked, or of the synthetic task."""
+    sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
+    if not cfg.data:
+        return synthetic.rows(cfg.task, sizes, cfg.base_seed)
+    corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows, splits)
+    return {name: rows if name == "train" else rows[: sizes[name]] for name, rows in corpus.items()}
+
+
+def load(cfg: Config, device, dtype, adapter=""):
+    """The base in eval mode, with an adapter if one is named, and its tokenizer."""
+    try:
+        tokenizer = data.load_tokenizer(cfg.base_folder, cfg.system_prompt)
+        model = SpeechLM.from_pretrained(cfg.base_folder, device, dtype)
+        if adapter:
+            load_adapter(model, adapter)
+    except ValueError as error:
+        raise data.UserError(str(error)) from None
+    return model.eval(), tokenizer
+
+
+def adapt(cfg: Config, model):
+    """Put LoRA on the model. Returns its targets, as PEFT writes them."""
+    torch.manual_seed(cfg.seed)
+    try:
+        if cfg.resume_adapter:
+            return load_adapter(model, cfg.resume_adapter)
+        targets = DECODER_TARGETS if cfg.lora_targets == "decoder" else cfg.lora_targets.split(",")
+        apply_lora(model, targets, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        return targets
+    except ValueError as error:
+        raise data.UserError(str(error)) from None
+
+
+def adapts_hearing(model) -> bool:
+    """Whether LoRA is on the encoder or the projector, too: what they compute is then no longer fixed."""
+    return any(not name.startswith("language_model.") for name in lora_layers(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,28 +335,18 @@ def answer(model, tokenizer, split, cfg: Config, temperature=0.0, top_p=1.0, see
     return texts
 
 
-def evaluate(model, tokenizer, split: data.Split, cfg: Config) -> dict:
-    """BLEU, exact match, mean reward and slot accuracy on a split; see the README for each figure's definition."""
-    rows, references, other = split.rows, [row["reference"] for row in split.rows], data.swap(split.rows)
+def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path) -> dict:
+    """The figures of data.scores on a split, each explained in the README; what was answered goes to predictions."""
+    rows, other = split.rows, data.swap(split.rows)
     greedy = answer(model, tokenizer, split, cfg)
     bar = tqdm(range(cfg.eval_passes), desc="sampled passes over the test split", leave=False, disable=None)
     passes = [answer(model, tokenizer, split, cfg, 0.9, 0.9, (cfg.base_seed, 3, p)) for p in bar]
-    result = {
-        "BLEU greedy": data.corpus_bleu(greedy, references, lowercase=True),
-        "BLEU sampled": float(np.mean([data.corpus_bleu(texts, references, lowercase=True) for texts in passes])),
-        "exact match %": 100 * float(np.mean([a == r for a, r in zip(greedy, references)])),
-        "mean reward x100": 100 * float(np.mean([data.rewards(texts, rows) for texts in passes])),
-    }
-    if any("slots" in row for row in rows):
-        swapped = answer(model, tokenizer, split, cfg, swapped=other)
-        result["slots heard %"] = 100 * data.slot_accuracy(greedy, rows)
-        result["slots, audio swapped %"] = 100 * data.slot_accuracy(swapped, rows)
-        # What the swapped audio's own right answers would score: the level of not listening.
-        result["slots, chance %"] = 100 * data.slot_accuracy([references[j] for j in other], rows)
-    for group in sorted({row.get("group") for row in rows} - {None}):
-        chosen = [i for i, row in enumerate(rows) if row.get("group") == group]
-        pairs = [greedy[i] for i in chosen], [references[i] for i in chosen]
-        result[f"BLEU greedy, {group}"] = data.corpus_bleu(*pairs, lowercase=True)
+    swapped = answer(model, tokenizer, split, cfg, swapped=other) if any("slots" in row for row in rows) else None
+    result = data.scores(rows, greedy, passes, swapped)
+    with open(predictions, "w", encoding="utf-8") as file:
+        for row, one, *sampled in zip(rows, greedy, *passes):
+            line = {k: row[k] for k in ("audio", "prompt", "reference")} | {"greedy": one, "sampled": sampled}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     return result
 
 
@@ -393,8 +373,9 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards):
 
 
 def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, validation: data.Split, folder):
-    """LoRA on the decoder, trained by LEAF or GRPO; one step is one rollout batch and its updates."""
+    """LoRA trained by LEAF or GRPO; one step is one rollout batch and its updates."""
     parameters = lora_parameters(model)
+    frozen = not adapts_hearing(model)
     updater = Updater(parameters.values(), cfg)
     updates_per_step = cfg.prompts // cfg.update_prompts
 
@@ -404,7 +385,8 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         began = time.perf_counter()
         place = range(step * cfg.prompts, (step + 1) * cfg.prompts)  # in the endless shuffled sequence of prompts
         indices = data.order(len(train.rows), [cfg.seed, 4], place.start, cfg.prompts)
-        prompts = train.batch(model, indices)
+        with torch.no_grad():
+            prompts = train.batch(model, indices)
         u = data.noise([cfg.seed, 5], place, cfg.responses, cfg.max_new_tokens, model.device)
         rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
         T = int(rollout.lengths.max())  # nothing after the longest response matters
@@ -424,16 +406,19 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         credit_seconds = time.perf_counter() - before_credit
 
         # Update: some prompts per optimiser step, fewer per forward pass; the loss is a mean over responses.
+        def heard(chunk):  # an encoder in training hears differently with LoRA off, or after an update
+            return prompts[chunk] if frozen else train.batch(model, [indices[i] for i in chunk])
+
         with torch.no_grad(), lora_disabled(model):
             chunks = torch.arange(cfg.prompts).split(cfg.micro_prompts)
-            ref_logp = torch.cat([model.response_logp(prompts[c], tokens[c]) for c in chunks])
-        if cfg.lora_dropout:
-            model.language_model.train()
+            ref_logp = torch.cat([model.response_logp(heard(c), tokens[c]) for c in chunks])
+        for layer in lora_layers(model).values():
+            layer.train()  # its dropout, and nobody else's
         all_stats = []
         for n, update in enumerate(torch.arange(cfg.prompts).split(cfg.update_prompts)):
             stats = {}
             for c in update.split(cfg.micro_prompts):
-                logp = model.response_logp(prompts[c], tokens[c])
+                logp = model.response_logp(heard(c), tokens[c])
                 flat = (x[c].flatten(0, 1) for x in (old_logp, ref_logp, advantages, mask))  # (P * K, T)
                 loss, part = leaf.policy_loss(logp.flatten(0, 1), *flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
                 share = len(c) / len(update)
@@ -509,43 +494,41 @@ def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count
             print(f"  {name:10} {shaded}  reward {rewards[k]:.2f}")
 
 
-def show_table(results: dict):
-    base, trained, title = results["base"], results["trained"], f"test split, {results['test_rows']} rows"
-    width = max(map(len, base))
-    print(f"\n{title:{width}} {'base':>9} {'trained':>9} {'difference':>11}")
-    for name, before in base.items():
-        print(f"{name:{width}} {before:9.2f} {trained[name]:9.2f} {trained[name] - before:+11.2f}")
-
-
-def ask(cfg: Config, folder: Path, audio: str, question: str, samples: int, reference: str, device):
+def ask(cfg: Config, audio: str, question: str, samples: int, reference: str, device, dtype):
     """Answer a question about a recording with a trained run; with samples, show the responses as LEAF sees them."""
-    if not (folder / "adapter" / "adapter_config.json").exists():
-        raise data.UserError(f"{folder} holds no finished run (no adapter/): name one with --out, or train it first")
     if data.AUDIO in question or not question.strip() or samples < 0:
         raise data.UserError(f"--ask needs a question without {data.AUDIO}, and --samples a number from 0 up")
-    saved = data.read_json(folder / "config.json")
-    run = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
-    base = cfg.base_folder if cfg.base else folder / saved["base"]
-    model, tokenizer = SpeechLM.from_pretrained(base), data.Tokenizer(base / "tokenizer.model")
-    load_adapter(model, folder / "adapter")
-    model.eval().to(device)
+    model, tokenizer = load(cfg, device, dtype, cfg.run_folder / "adapter")
     row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
-    sound = model.project(model.encode([data.log_mel(data.load_audio(row))]))
-    prompts = model.embed_prompts([tokenizer.encode_prompt(row["prompt"])], sound)
-    greedy = model.sample(prompts, data.noise([0], [0], 1, run.max_new_tokens, device), tokenizer.eos_id, 0.0)
-    print(tokenizer.decode(greedy.tokens[0, 0, : greedy.lengths[0, 0]].tolist()))
+    split = data.Split("asked", [row], cfg.cache_gb)
+    split.project(model, tokenizer)
+    print(answer(model, tokenizer, split, cfg)[0])
     if samples == 0:
         return
-    u = data.noise([cfg.seed, 7], [0], samples, run.max_new_tokens, device)
-    rollout = model.sample(prompts, u, tokenizer.eos_id, run.temperature, run.top_p)
+    u = data.noise([cfg.seed, 7], [0], samples, cfg.max_new_tokens, device)
+    rollout = model.sample(split.batch(model, [0]), u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
     tokens, lengths, surprisal = rollout.tokens[0].cpu(), rollout.lengths[0].cpu(), -rollout.logq[0].cpu()
     rows = [t[:n].tolist() for t, n in zip(tokens, lengths)]
     rewards = data.rewards(list(map(tokenizer.decode, rows)), [row] * samples) if reference else [0.0] * samples
-    boundaries = leaf.select_boundaries(surprisal, lengths, run.fork_budget, run.min_prefix)
+    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    advantages, _ = credit(run, tokens, lengths, surprisal, rewards)
+    advantages, _ = credit(cfg, tokens, lengths, surprisal, rewards)
     known = (rewards, nodes, advantages.tolist()) if reference else (None, nodes)
     print(f"boundaries {boundaries}\n{leaf.format_tree([tokenizer.pieces(ids) for ids in rows], *known)}")
+
+
+def evaluate_only(cfg: Config, folder: Path, adapter, device, dtype):
+    """Figures and answers of a run's or a checkpoint's model on the test split."""
+    rows = load_rows(cfg, ("test",))["test"]
+    model, tokenizer = load(cfg, device, dtype, adapter)
+    split = data.Split("test", rows, cfg.cache_gb)
+    split.project(model, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, answers = folder / f"evaluation-{cfg.name}.json", folder / f"predictions-{cfg.name}.jsonl"
+    result = evaluate(model, tokenizer, split, cfg, answers)
+    data.write_json(table, {"config": asdict(cfg), "adapter": str(adapter), "test_rows": len(rows), **result})
+    data.show_table(f"test split, {len(rows)} rows", {"": result})
+    print(f"\nfigures {table}\nanswers {answers}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -577,6 +560,17 @@ def check_same(folder: Path, settings: dict, file: str):
         )
 
 
+def finished(folder: Path, given: dict) -> Config:
+    """The configuration of the finished run in a folder, with what the command line changes."""
+    if not (folder / "results.json").exists():
+        raise data.UserError(f"{folder} holds no finished run: name one with --out, or train it first")
+    saved = data.read_json(folder / "config.json")
+    kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    kept["data"] = data.read_json(folder / "results.json")["config"]["data"]
+    kept["init" if saved.get("init") else "base"] = os.path.normpath(folder / saved["base"])
+    return Config(**{**kept, **given})
+
+
 def parse(argv):
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(None, "train.py [flags]", __doc__, formatter_class=plain, allow_abbrev=False)
@@ -585,19 +579,27 @@ def parse(argv):
         default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
         shown = f"{text} (default: {default})" if default != "" else text
         if isinstance(f.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=shown)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=shown)
         else:
             kind = type(f.default)
-            parser.add_argument(name, type=kind, default=f.default, choices=f.metadata["choices"], help=shown)
+            choices = f.metadata["choices"]
+            parser.add_argument(name, type=kind, default=argparse.SUPPRESS, choices=choices, help=shown)
     use = parser.add_argument_group("use a trained run")
     use.add_argument("--ask", nargs=2, metavar=("AUDIO", "QUESTION"), help="answer a question about a recording")
     use.add_argument("--samples", type=int, default=0, help="with --ask: sample so many responses, show their tree")
     use.add_argument("--reference", default="", help="with --ask --samples: the right answer, for rewards and values")
-    args = vars(parser.parse_args(argv))
-    actions = {name: args.pop(name) for name in ("ask", "samples", "reference")}
+    use.add_argument("--eval-only", action="store_true", help="test the run in --out, or --init with --resume-adapter")
+    given = vars(parser.parse_args(argv))
+    actions = {name: given.pop(name) for name in ("ask", "samples", "reference", "eval_only")}
     if (actions["samples"] or actions["reference"]) and not actions["ask"]:
         parser.error("--samples and --reference go with --ask")
-    cfg = Config(**args)
+    if given.get("init") and given.get("base"):
+        parser.error("--init and --base exclude each other")
+    cfg = Config(**given)
+    there = "out" in given and (cfg.run_folder / "results.json").exists()
+    actions["run"] = actions["ask"] or actions["eval_only"] and (there or not (cfg.init or cfg.base))
+    if actions["run"]:
+        cfg = finished(cfg.run_folder, given)
     for f in fields(Config):
         if type(f.default) is int and getattr(cfg, f.name) < f.metadata["least"]:
             parser.error(f"{f.name} must be at least {f.metadata['least']}, not {getattr(cfg, f.name)}")
@@ -615,14 +617,15 @@ def parse(argv):
 def main(argv=None):
     began, (cfg, actions) = time.time(), parse(argv)
     (device, dtype), folder = pick(cfg), cfg.run_folder
+    if cfg.init and not all((cfg.base_folder / name).exists() for name in ("config.json", "tokenizer.json")):
+        raise data.UserError(f"--init {cfg.init}: this is no folder with a checkpoint's config.json and tokenizer.json")
     if actions["ask"]:
-        return ask(cfg, folder, *actions["ask"], actions["samples"], actions["reference"], device)
-    sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
-    if cfg.data:  # checked whole before anything is written
-        corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows)
-        corpus |= {name: corpus[name][: sizes[name]] for name in ("validation", "test")}
-    else:
-        corpus = data.synthetic_corpus(cfg.task, sizes, cfg.base_seed)
+        return ask(cfg, *actions["ask"], actions["samples"], actions["reference"], device, dtype)
+    if actions["eval_only"]:
+        if not actions["run"]:
+            folder = Path(cfg.out or f"runs/{cfg.name}-evaluation")
+        return evaluate_only(cfg, folder, folder / "adapter" if actions["run"] else cfg.resume_adapter, device, dtype)
+    corpus = load_rows(cfg)  # checked whole before anything is written
     with data.lock(folder, wait=False):
         run(cfg, corpus, device, dtype, began)
 
@@ -633,49 +636,50 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     settings = {k: v for k, v in asdict(cfg).items() if k not in Config.FREE}
     settings |= {"base": os.path.relpath(base_folder, folder), "rows": data.fingerprint(sum(corpus.values(), []))}
     check_same(folder, settings, "config.json")
+    title = f"test split, {len(corpus['test'])} rows"
     if (folder / "results.json").exists():
         results = data.read_json(folder / "results.json")
         print(f"{folder} is finished; its results:")
-        return show_table(results)
+        return data.show_table(title, {name: results[name] for name in ("base", "trained")})
     print(f"{cfg.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in corpus.items()) + f" rows; on {device}")
 
-    # Base: load it, or train it.
+    # Base: load it, or train it. LoRA, off for now.
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in corpus.items()}
-    if not cfg.base or not base_folder.exists():  # a base chosen by hand is taken as it is
+    if not cfg.init and (not cfg.base or not base_folder.exists()):  # a base chosen by hand is taken as it is
         make_base(cfg, splits["train"], base_folder, device)
-    elif data.read_json(base_folder / "base.json").get("rows") != data.fingerprint(corpus["train"]):
+    elif not cfg.init and data.read_json(base_folder / "base.json").get("rows") != data.fingerprint(corpus["train"]):
         print(f"note: {base_folder} was trained on other rows, which may hold some of this test split")
-    model, tokenizer = SpeechLM.from_pretrained(base_folder).eval(), data.Tokenizer(base_folder / "tokenizer.model")
-    model.to(device).language_model.to(dtype)
+    model, tokenizer = load(cfg, device, dtype)
+    targets = adapt(cfg, model)
     for split in splits.values():
-        split.project(model, tokenizer)
+        split.project(model, tokenizer, frozen=not adapts_hearing(model))
 
     # Measure it.
-    if not (folder / "base.json").exists():
-        data.write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg))
-    base_result = data.read_json(folder / "base.json")
-    show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
+    with lora_disabled(model):
+        if not (folder / "base.json").exists():
+            answers = folder / "predictions-base.jsonl"
+            data.write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg, answers))
+        base_result = data.read_json(folder / "base.json")
+        show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
 
-    # Train LoRA on it.
-    torch.manual_seed(cfg.seed)
-    apply_lora(model, DECODER_TARGETS, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    # Train.
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     print(f"\n{cfg.algo.upper()}: {cfg.steps} steps of {cfg.prompts} prompts x {cfg.responses} responses, "
           f"{trainable:,} LoRA parameters")  # fmt: skip
     train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder)
-    save_adapter(model, folder / "adapter", cfg.lora_alpha, cfg.lora_dropout, base=str(base_folder))
+    save_adapter(model, folder / "adapter", targets, base=str(base_folder))
 
     # Measure again, and show.
-    result = evaluate(model, tokenizer, splits["test"], cfg)
+    result = evaluate(model, tokenizer, splits["test"], cfg, folder / "predictions-trained.jsonl")
     show_examples("After", model, tokenizer, splits["test"], cfg)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
     took = {"seconds": time.time() - began, "peak_memory_gb": memory / 1e9, "device": str(device)}
     results = {"config": asdict(cfg), "test_rows": len(corpus["test"]), "base": base_result, "trained": result} | took
     data.write_json(folder / "results.json", results)
-    show_table(results)
+    data.show_table(title, {"base": base_result, "trained": result})
     example, recording = corpus["test"][0], corpus["test"][0]["audio"]
-    if isinstance(recording, dict):  # synthesised: leave one recording behind to ask about
+    if not isinstance(recording, str):  # synthesised: leave one recording behind to ask about
         recording = folder / "example.wav"
         soundfile.write(recording, data.load_audio(example).numpy(), data.SAMPLE_RATE)
     question = example["prompt"].replace(data.AUDIO, "")
