@@ -421,12 +421,18 @@ class ChatTokenizer:
         if self.eos_id is None or self.audio_id is None:
             raise DataError(f"{folder}: no eos_token in tokenizer_config.json, or no {AUDIO} in tokenizer.json")
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        self.template = chat_template(folder, settings)
+        self.source = chat_template(folder, settings)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         messages = self.system + [{"role": "user", "content": prompt}]
-        text = self.template.render(messages=messages, add_generation_prompt=True, **self.special)
-        return self.tokenizer.encode(text).ids
+        try:
+            text = compiled(self.source).render(messages=messages, add_generation_prompt=True, **self.special)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the checkpoint's chat template fails: {error}") from None
+        ids = self.tokenizer.encode(text).ids
+        if ids.count(self.audio_id) != 1:
+            raise DataError(f"the checkpoint's chat template makes of {prompt!r} a prompt without its {AUDIO}: {text!r}")
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -435,8 +441,8 @@ class ChatTokenizer:
         return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
 
-def chat_template(folder: Path, settings: dict) -> jinja2.Template:
-    """The conversation's format, wherever a checkpoint keeps it; it is code, so it runs in jinja's sandbox."""
+def chat_template(folder: Path, settings: dict) -> str:
+    """The conversation's format, wherever a checkpoint keeps it."""
     source = settings.get("chat_template")
     if (folder / "chat_template.json").exists():
         source = read_json(folder / "chat_template.json")["chat_template"]
@@ -444,11 +450,17 @@ def chat_template(folder: Path, settings: dict) -> jinja2.Template:
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if not source:
         raise DataError(f"{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json")
+    return source
+
+
+@lru_cache
+def compiled(template: str) -> jinja2.Template:
+    """Chat templates are code that comes with a download: they run in jinja's sandbox, with what they may expect."""
 
     def raise_exception(message):
-        raise DataError(f"{folder}: the chat template says: {message}")
+        raise jinja2.TemplateError(message)
 
-    def strftime_now(form):  # a run means the same tomorrow
+    def strftime_now(form):  # one date for ever: a run means the same tomorrow
         return TEMPLATE_DATE.strftime(form)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -456,7 +468,7 @@ def chat_template(folder: Path, settings: dict) -> jinja2.Template:
     )
     environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(source)
+    return environment.from_string(template)
 
 
 def load_tokenizer(folder: Path, system_prompt: str = ""):

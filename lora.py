@@ -151,11 +151,12 @@ def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtyp
 
     wanted: every name and its shape. Raises ValueError with the tensors that are unknown, missing or of another shape.
     """
-    found, problems = {}, []
+    found, problems, missing = {}, [], dict(wanted)
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             for key in tensors.keys():
                 name, shape = released_name(key), tuple(tensors.get_slice(key).get_shape())
+                missing.pop(name, None)
                 if name not in wanted:
                     problems.append(f"unknown {key}")
                 elif shape != tuple(wanted[name]):
@@ -163,7 +164,7 @@ def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtyp
                 else:
                     tensor = tensors.get_tensor(key)
                     found[name] = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
-    problems += [f"missing {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"missing {name}" for name in missing]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in sorted(problems)[:10]) + "\n  ..." * (len(problems) > 10)
         raise ValueError(f"{files[0]} does not fit the model or its config.json, {len(problems)} problems:{listed}")
@@ -175,9 +176,9 @@ def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtyp
 
 # Options of PEFT's LoraConfig that change what the tensors mean.
 UNSUPPORTED = (
-    "alora_invocation_tokens", "alpha_pattern", "exclude_modules", "layer_replication", "layers_to_transform",
-    "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora",
-    "use_rslora",
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "kasa_config", "layer_replication",
+    "layers_to_transform", "lora_bias", "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config",
 )  # fmt: skip
 
 

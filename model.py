@@ -637,6 +637,8 @@ class SpeechLM(nn.Module):
         """
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
+        if missing := {"encoder_config", "projector_config", "text_config"} - config.keys():
+            raise ValueError(f"{folder / 'config.json'} describes no Granite Speech model: {sorted(missing)} missing")
         with torch.device("meta"):
             model = cls(SpeechConfig.from_dict(config))
         index = folder / "model.safetensors.index.json"

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import timeit
+import types
 import warnings
 from dataclasses import asdict
 from fractions import Fraction
@@ -27,6 +28,7 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 import soundfile
+import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ import data
 import leaf
 import lora
 import train
-from corpora import asterisk, synthetic
+from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
 from data import AUDIO, DataError
 from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig, draw
 
@@ -449,7 +451,7 @@ def odd_config(seed):
             feedforward_mult=1 + seed,
             num_heads=3,
             dim_head=5 + seed,
-            output_dim=5,
+            output_dim=5 + seed,
             context_size=context,
             max_pos_emb=context + 8 * tied,
             conv_kernel_size=4 + seed,
@@ -501,10 +503,8 @@ def make_transformers(seed, folder):
     torch.manual_seed(seed)
     theirs = hf.GraniteSpeechForConditionalGeneration(hf.GraniteSpeechConfig(**config, has_lora_adapter=False))
     shake(theirs, 0.3).generation_config.eos_token_id = None
-    theirs.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")  # transformers 5.20, Python 3.10's last, doubles a prefix here
-    weights = {name.replace("language_model.model.model.", "language_model.model."): w for name, w in weights.items()}
-    save_file(weights, folder / "model.safetensors")
+    theirs.save_pretrained(folder, max_shard_size="60KB" if seed % 2 else "1GB")  # several files with an index, or one
+    assert (folder / "model.safetensors.index.json").exists() == (seed % 2 == 1)
     return theirs
 
 
@@ -732,19 +732,76 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_model_files(seed, tmp_path):
+    """What we save, we load; and under the names that tensors have in transformers' memory."""
     model = make_model(seed)
     model.save(tmp_path)
-    again, config = SpeechLM.from_pretrained(tmp_path), json.loads((tmp_path / "config.json").read_text())
-    same(again.state_dict(), model.state_dict())
+    config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    again = SpeechLM.from_pretrained(tmp_path)
     assert again.config == model.config
-    for part, name, value in (
-        ("text_config", "hidden_size", 32),
-        ("encoder_config", "num_layers", 4),
-        ("projector_config", "num_hidden_layers", 1),
-    ):  # a wrong shape, too few, too many tensors
-        (tmp_path / "config.json").write_text(json.dumps({**config, part: {**config[part], name: value}}))
-        with pytest.raises(ValueError, match="model.safetensors.*config.json"):
+    same(again.state_dict(), model.state_dict())
+    assert all(p.requires_grad for p in again.parameters())
+    half = SpeechLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.state_dict().values()} == {torch.bfloat16, torch.int64}
+    in_memory = {
+        n.replace("language_model.lm_head", "lm_head")
+        if "lm_head" in n
+        else "model." + n.replace("language_model.model.", "language_model."): w
+        for n, w in weights.items()
+    }
+    save_file(in_memory, tmp_path / "model.safetensors")
+    same(SpeechLM.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+    def refused(*words):
+        with pytest.raises(ValueError) as error:
             SpeechLM.from_pretrained(tmp_path)
+        assert all(word in str(error.value) for word in (str(tmp_path), *words)), error.value
+
+    some, (name, tensor) = dict(in_memory), next(item for item in in_memory.items() if "o_proj" in item[0])
+    del some[name]
+    save_file(some | {"model.encoder.extra": tensor}, tmp_path / "model.safetensors")
+    refused(
+        "2 problems", "missing language_model.model.layers.0.self_attn.o_proj.weight", "unknown model.encoder.extra"
+    )
+    save_file(in_memory | {name: tensor[1:].contiguous()}, tmp_path / "model.safetensors")
+    refused("1 problems", f"{name} is {tuple(tensor[1:].shape)}, not {tuple(tensor.shape)}")
+    save_file(in_memory, tmp_path / "model.safetensors")
+    for part in ("text_config", "encoder_config"):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != part}))
+        refused("config.json", part)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"has_lora_adapter": True}))
+    refused("adapter_config.json and adapter_model.safetensors are missing")
+
+
+# Loads a model in bfloat16 and prints by how much the process grew at its peak, in bytes.
+LOADING = r"""
+import re, sys, torch
+from model import SpeechLM
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+torch.nn.Embedding(9, 9, device="meta").requires_grad_(False), torch.randn(9, device="meta")  # imports a lot
+before = peak()
+model = SpeechLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+assert sum(p.sum() for p in model.parameters()).isfinite()  # touches all
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    config = odd_config(0)
+    config.text_config.vocab_size, config.text_config.hidden_size, config.text_config.intermediate_size = (
+        30_000,
+        768,
+        8192,
+    )
+    config.text_config.num_hidden_layers = 4
+    model = SpeechLM(config).bfloat16()
+    size = sum(p.nbytes for p in model.parameters())
+    model.save(tmp_path)
+    del model
+    grown = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
+    assert size > 200e6 and 0.9 < int(grown) / size < 1.3, int(grown) / size
 
 
 # ---- lora.py: adapters, the switch, PEFT's files --------------------------------------------------------------------
@@ -844,7 +901,9 @@ def test_lora_targets():
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("targets", [lora.DECODER_TARGETS, PLAIN[:3], r".*language_model.*\.1\.self_attn\.(k|o)_proj"])
+@pytest.mark.parametrize(
+    "targets", [lora.DECODER_TARGETS, PLAIN, PLAIN[:3], r".*language_model.*\.1\.self_attn\.(k|o)_proj"]
+)
 def test_adapters_travel_to_peft_and_back(targets, tmp_path):
     """PEFT, on transformers' model, reads what we write, and writes what we read."""
     peft, theirs = pytest.importorskip("peft"), make_transformers(0, tmp_path / "base")
@@ -1231,6 +1290,336 @@ def test_asterisk_missing_packages(tmp_path, capsys):
     assert "asterisk-core-sounds-en" not in message
 
 
+# ---- corpora/librispeech.py, librisqa.py, covost2.py: made-up trees in the publishers' layouts ----------------------
+
+
+def run(script, *arguments):
+    script.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, script, why, *arguments):
+    """The script says why in one line, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(script, *arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(why, message) and message.count("\n") == 1, message
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make_librispeech(root, sizes):
+    """Subset/speaker/chapter folders, three recordings a chapter and its .trans.txt. Returns {subset: files}."""
+    files = {subset: [] for subset in sizes}
+    for speaker, (subset, size) in enumerate(sizes.items(), start=61):
+        for i in range(size):
+            name, folder = f"{speaker}-{i // 3}", root / "LibriSpeech" / subset / str(speaker) / str(i // 3)
+            folder.mkdir(parents=True, exist_ok=True)
+            files[subset].append(str(folder / f"{name}-{i % 3:04d}.flac"))
+            write_tone(files[subset][-1], 0.1, 16000)
+            with open(folder / f"{name}.trans.txt", "a") as file:
+                file.write(f"{name}-{i % 3:04d} IT'S {'OH ' * i}ONE OF {speaker}\n")
+    return files
+
+
+def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
+    sizes = {"train-clean-100": 9, "dev-clean": 2, "test-clean": 4, "test-other": 3}
+    files, speech = make_librispeech(tmp_path, sizes), tmp_path / "LibriSpeech"
+    test = ["--test", "test-clean", "test-other", "--out"]
+    run(librispeech, "--librispeech", speech, *test, tmp_path / "made")
+    rows = data.load_corpus(tmp_path / "made", 1)
+    for split, *subsets in ("train", *list(sizes)[:1]), ("validation", "dev-clean"), ("test", *list(sizes)[2:]):
+        want = []
+        for subset in subsets:
+            for i, file in enumerate(files[subset]):
+                words = f"it's {'oh ' * i}one of {61 + list(sizes).index(subset)}"
+                row = {"audio": file, "prompt": AUDIO + "Write down what is said.", "reference": words}
+                want.append({**row, "transcript": words} | ({"group": subset} if split == "test" else {}))
+        assert sorted(map(str, rows[split])) == sorted(map(str, want))
+    assert len({row["group"] for row in rows["test"][:4]}) == 2  # the first rows come from everywhere
+    monkeypatch.chdir(tmp_path)
+    run(librispeech, "--librispeech", ".", *test, "again")  # the folder around it will do, and a relative path
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
+
+    test.append(tmp_path / "new")
+    for why, folder, extra in (
+        ("made is there already and not empty", speech, ["--out", tmp_path / "made"]),
+        ("named twice", speech, ["--validation", "test-other"]),
+        ("LibriSpeech: expected .* and dev-other and .*, found dev-clean, t", speech, ["--validation", "dev-other"]),
+        ("dev-clean: expected train-clean-100 and .*test-other in it, found 62$", speech / "dev-clean", []),
+        ("/no: expected train-clean-100 and .*, found no such folder$", tmp_path / "no", []),
+    ):
+        refused(capsys, librispeech, why, "--librispeech", folder, *test, *extra)
+    test = ["--librispeech", speech, *test]
+    Path(files["dev-clean"][1]).unlink()
+    refused(capsys, librispeech, r"dev-clean: 1 of 2 recordings are missing, e\.g\. \S*62-0-0001\.flac", *test)
+    spoken = speech / "dev-clean/62/0/62-0.trans.txt"
+    for line in ("62-0-0001", "62-1-0001 TWO"):
+        spoken.write_text(f"62-0-0000 ONE\n{line}\n")
+        refused(capsys, librispeech, rf"62-0\.trans\.txt, line 2: expected the name .*'{line}'", *test)
+    spoken.write_text("")
+    refused(capsys, librispeech, "no row is left for the validation split", *test)
+    spoken.unlink()
+    refused(capsys, librispeech, "dev-clean: expected SPEAKER/CHAPTER/", *test)
+    with pytest.raises(TypeError), new_corpus(tmp_path / "new") as rows:  # stopped while it writes the second file
+        rows |= {"train": [1], "validation": [{2}], "test": [3]}
+    assert {path.name for path in tmp_path.iterdir()} == {"LibriSpeech", "made", "again"}  # whole, or not at all
+
+
+def test_librispeech_download(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fetch(root, url, download):  # as torchaudio's: what is there already is left alone
+        asked.append((root, url, download))
+        if len(asked) == 3:
+            raise RuntimeError("invalid hash value")
+        if not (Path(root) / "LibriSpeech" / url).is_dir():
+            make_librispeech(Path(root), {url: 1})
+
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", types.SimpleNamespace(LIBRISPEECH=fetch))
+    options = ["--download", "--out", tmp_path / "made", "--librispeech"]
+    why = r"test-clean could not be downloaded to \S+data \(invalid hash value\)"
+    refused(capsys, librispeech, why, *options, tmp_path / "data")
+    run(librispeech, *options, tmp_path / "data" / "LibriSpeech")  # either folder means the same
+    assert asked == 2 * [(str(tmp_path / "data"), s, True) for s in ("train-clean-100", "dev-clean", "test-clean")]
+    assert [len(part) for part in data.load_corpus(tmp_path / "made", 1).values()] == [1, 1, 1]
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", None)  # makes its import fail
+    refused(capsys, librispeech, "fix: pip install", *options, tmp_path / "data", "--out", tmp_path / "new")
+
+
+def test_librisqa_corpus(tmp_path, capsys):
+    files = make_librispeech(tmp_path, {"train-clean-360": 11, "test-clean": 5})
+    questions, items = tmp_path / "LibriSQA" / "LibriSQA-PartI", {}
+    questions.mkdir(parents=True)
+
+    def write(name, items):
+        (questions / f"LibriSQA-PartI-{name}.json").write_text(json.dumps(items), encoding="utf-8")
+
+    for name, subset in (("train", "train-clean-360"), ("test", "test-clean")):
+        paths = [str(Path(file).relative_to(tmp_path)).replace(".flac", ".wav") for file in files[subset]]
+        paths[0] = paths[0].removeprefix("LibriSpeech/").replace(".wav", ".flac")
+        items[name] = [{"speech_path": path, "question": f"Why {i} {{}}? ", "answer": f" Since {i} é.",
+                        "text": f"OH {i}", "duration": 0.1} for i, path in enumerate(paths)]  # fmt: skip
+        write(name, items[name])
+    options = ["--librispeech", tmp_path, "--librisqa", tmp_path / "LibriSQA", "--out"]
+    run(librisqa, *options, tmp_path / "made")
+    rows = data.load_corpus(tmp_path / "made", 1)
+    numbers = {split: [int(row["reference"].split()[1]) for row in part] for split, part in rows.items()}
+    # What datasets 5.2.0 makes of 0..10 with train_test_split(test_size=0.2, seed=0): validation is its test split.
+    assert numbers["train"] == [2, 0, 3, 5, 10, 9, 8, 1] and numbers["validation"] == [4, 6, 7]
+    assert sorted(numbers["test"]) == [0, 1, 2, 3, 4] != numbers["test"]
+    for split, part in rows.items():
+        subset = files["test-clean" if split == "test" else "train-clean-360"]
+        for i, row in zip(numbers[split], part):
+            assert (row["audio"], row["reference"], row["transcript"]) == (subset[i], f"Since {i} é.", f"oh {i}")
+            assert row["prompt"] in [wording.format(f"Why {i} {{}}?") for wording in librisqa.WORDINGS]
+            assert split != "test" or row["prompt"] == f"{AUDIO}Why {i} {{}}?"
+    # Chosen by a hash, the same on every machine: `printf 'Why 2 {}?' | sha256sum` starts with a byte that is 0 mod 3.
+    wordings = [librisqa.WORDINGS.index(re.sub(r"Why \d {}\?", "{}", row["prompt"])) for row in rows["train"][:3]]
+    assert wordings == [0, 2, 1]
+
+    run(librisqa, *options, tmp_path / "again", "--librisqa", questions, "--librispeech", tmp_path / "LibriSpeech")
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
+    run(librisqa, *options, tmp_path / "seed1", "--seed", "1")
+    assert contents(tmp_path / "made")["train.jsonl"] != contents(tmp_path / "seed1")["train.jsonl"]
+
+    # Gone: recording 5 and answer 10. The rest stays in its split.
+    Path(files["train-clean-360"][5]).unlink()
+    items["train"][10]["answer"] = " "
+    write("train", items["train"])
+    why = r"train: 1 of 8 .* not in \S+, e\.g\. \S+1-0002.wav; .*--skip-missing"
+    refused(capsys, librisqa, why, *options, tmp_path / "new")
+    run(librisqa, *options, tmp_path / "new", "--skip-missing")
+    printed = capsys.readouterr().out
+    assert "train: 1 of 8 recordings are not in" in printed and "train: 1 of 8 rows have no question or no" in printed
+    assert data.load_corpus(tmp_path / "new", 1) == {**rows, "train": rows["train"][:3] + rows["train"][5:]}
+    for why, changed in (
+        (r"test\.json: expected a list of questions, found \{'speech_path'", items["test"][0]),
+        (r"item 3: expected .*answer, found \{'question': 'Why\?'\}", items["test"][:2] + [{"question": "Why?"}]),
+        (r"item 1: expected .*'answer': None", [{**items["test"][0], "answer": None}]),
+        ("no row is left for the test split", []),
+    ):
+        write("test", changed)
+        refused(capsys, librisqa, why, *options, tmp_path / "bad", "--skip-missing")
+    (questions / "LibriSQA-PartI-test.json").write_text('[{"speech_path"')
+    refused(capsys, librisqa, r"test\.json is not JSON \(", *options, tmp_path / "bad")
+    why = "/LibriSpeech: expected LibriSQA-PartI-train.json and .* in it, found test-clean, train-clean-360$"
+    refused(capsys, librisqa, why, *options, tmp_path / "bad", "--librisqa", tmp_path / "LibriSpeech")
+
+
+def test_covost2_corpus(tmp_path, capsys):
+    clips, tsv = tmp_path / "cv" / "en" / "clips", tmp_path / "covost_v2.en_de.tsv"
+    clips.mkdir(parents=True)
+    spoken, translated, want = ["client_id\tpath\tsentence\tup_votes"], ["path\ttranslation\tsplit"], {}
+    ours = {"train": "train", "dev": "validation", "test": "test", "train_covost": "train", "dev_covost": "none"}
+    for i, (theirs, split) in enumerate(ours.items()):
+        for k in range(4):
+            write_tone(clips / f"en_{i}{k}.mp3", 0.1, 48000)
+            spoken.append(f'c\ten_{i}{k}.mp3\t"{k}, he said\t2')  # a quotation that never ends
+            translated.append(f'en_{i}{k}.mp3\t {i}\\"{k}\\\\ "ä\t{theirs}')  # and characters escaped
+            want.setdefault(split, set()).add((str(clips / f"en_{i}{k}.mp3"), f'"{k}, he said', f'{i}"{k}\\ "ä'))
+    for name in ("old", "gone", "empty", "mute"):
+        spoken += [f"c\t{name}.mp3\tSo.\t2"] if name != "old" else []
+        translated.append(f"{name}.mp3\t{'So.' if name != 'mute' else ''}\ttest")
+        if name != "gone":
+            (clips / f"{name}.mp3").write_bytes(b"x" if name != "empty" else b"")
+
+    def write(spoken, translated):
+        (clips.parent / "validated.tsv").write_text("\n".join(spoken) + "\n", encoding="utf-8")
+        tsv.write_text("\n".join(translated) + "\n", encoding="utf-8")
+
+    write(spoken, translated)
+    options = ["--common-voice", clips.parent, "--translations", tsv, "--out"]
+    run(covost2, *options, tmp_path / "made")
+    printed = capsys.readouterr().out
+    assert "1 recordings not in validated.tsv, e.g. old.mp3\n" in printed
+    assert "2 recordings missing or empty in clips, e.g. gone.mp3, empty.mp3\n" in printed
+    assert "1 recordings without translation, e.g. mute.mp3\n" in printed
+    rows = data.load_corpus(tmp_path / "made", 1)
+    for split, part in rows.items():
+        assert {(row["audio"], row["transcript"], row["reference"]) for row in part} == want[split]
+        assert len(part) == len(want[split])
+        assert [row["audio"] for row in part] != sorted(row["audio"] for row in part)  # speakers mixed
+    assert {row["prompt"] for row in rows["test"]} == {AUDIO + "Say this in German."}
+    prompts = {row["transcript"]: row["prompt"] for row in rows["train"]}
+    assert len(prompts) == 4 and len(set(prompts.values())) > 1 and all("German" in p for p in prompts.values())
+    assert all(row["prompt"] == prompts[row["transcript"]] for row in rows["train"] + rows["validation"])
+    run(covost2, *options, tmp_path / "again", "--common-voice", tmp_path / "cv")  # the folder around it will do
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
+
+    options.append(tmp_path / "new")
+    for why, *changed in (
+        ("validated.tsv: expected the columns path, sentence, found path, text$", ["path\ttext"], translated),
+        ("validated.tsv, line 3: expected 4 fields, found 2$", [*spoken[:2], "c\ten_01.mp3", *spoken[2:]], translated),
+        ("en_de.tsv, line 2: expected 3 fields, found 4$", spoken, [translated[0], "a\tb\ttest\tc"]),
+        ("en_de.tsv: expected the columns .*split, found <!DOCTYPE html>$", spoken, ["<!DOCTYPE html>"]),
+        ("no row is left for the train split", spoken[:1], translated),
+    ):
+        write(*changed)
+        refused(capsys, covost2, why, *options)
+    tsv.write_bytes(b"path\ttranslation\tsplit\na\t\xff\ttest\n")
+    refused(capsys, covost2, "en_de.tsv, after line .*decode", *options)
+    for name in ("covost_v2.en_de.tsv.tar.gz", "covost_v2.en_xx.tsv", "covost_v2.de_en.tsv"):
+        if "de_en" not in name:  # which is not there
+            (clips / name).write_text("path\ttranslation\tsplit\n")
+        why = f"{name}: expected a file covost_v2.SOURCE_TARGET.tsv"
+        refused(capsys, covost2, why, *options, "--translations", clips / name)
+    why = r"clips: expected validated.tsv and clips in it, found covost_v2.en_de.*, empty.mp3, .*, \.\.\.$"
+    refused(capsys, covost2, why, *options, "--common-voice", clips)
+    assert {path.name for path in tmp_path.iterdir()} == {"cv", tsv.name, "made", "again"}
+
+
+# ---- released checkpoints, as IBM publishes them: shards, chat template, modality LoRA ------------------------------
+TEMPLATE = """\
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}
+{%- else %}{% set system = 'Today is ' + strftime_now('%d %B %Y') + '.' %}{% endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + system + eos_token + '\\n' }}
+{%- for message in messages %}
+    {%- if message.role not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}
+    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A random checkpoint in the layout of granite-speech-3.3, made by transformers and PEFT, and their model."""
+    hf, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("released")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", AUDIO],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Who was where and when? What happened? Anna bought those red apples."] * 3, trainer)
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end_of_text|>", pad_token="<|end_of_text|>"
+    )
+    processor = hf.GraniteSpeechProcessor(hf.GraniteSpeechFeatureExtractor(), fast, chat_template=TEMPLATE)
+    processor.save_pretrained(folder)
+    config = asdict(odd_config(3)) | {"has_lora_adapter": True, "window_size": 15, "downsample_rate": 5}
+    config["audio_token_index"] = fast.convert_tokens_to_ids(AUDIO)
+    config["projector_config"] |= {"model_type": "blip_2_qformer", "vocab_size": 1}
+    config["text_config"] |= {"model_type": "granite", "vocab_size": len(fast), "pad_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    theirs = shake(hf.GraniteSpeechForConditionalGeneration(hf.GraniteSpeechConfig(**config)), 0.2)
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    modality = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, modality).eval()
+    theirs.save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "adapter_model.safetensors").exists()
+    return folder, processor, theirs
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_released_checkpoint_says_what_it_says_in_transformers(released):
+    """From the recording and the question to the logits, through the chat template and with its LoRA merged."""
+    folder, processor, theirs = released
+    ours, tokenizer = SpeechLM.from_pretrained(folder).eval(), data.load_tokenizer(folder, "Be brief.")
+    assert not lora.lora_layers(ours) and all(p.requires_grad for p in ours.parameters())
+    for samples, question in ((16000, "What happened?"), (33333, "Who\n was  where, naïve <|end_of_text|> Anna?")):
+        audio = 0.1 * randn(samples, seed=samples)
+        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": AUDIO + question}]
+        text = processor.tokenizer.apply_chat_template(
+            chat, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
+        )
+        inputs = processor(text, audio, return_tensors="pt")
+        sound = ours.project(ours.encode([data.log_mel(audio)]))
+        ids = tokenizer.encode_prompt(AUDIO + question)
+        at = ids.index(tokenizer.audio_id)
+        expanded = ids[:at] + [tokenizer.audio_id] * len(sound[0]) + ids[at + 1 :]
+        assert expanded == inputs["input_ids"][0].tolist()
+        prompts = ours.embed_prompts([ids], sound)
+        logits = theirs(**{k: v for k, v in inputs.items() if "mask" not in k}).logits
+        roughly(causal(ours, prompts.x), logits / ours.config.text_config.logits_scaling)
+        same(prompts.x.shape[1], len(expanded))
+    answer = "Anna bought naïve apples. 漢"
+    ids = processor.tokenizer(answer).input_ids
+    assert tokenizer.decode(ids + [tokenizer.eos_id]) == answer and "".join(tokenizer.pieces(ids[:3])) in answer
+    assert tokenizer.eos_id == processor.tokenizer.eos_token_id
+
+
+def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
+    """In any of the three places; without a system prompt the date is a fixed one; a template cannot reach out."""
+    folder, processor, _ = released
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    with pytest.raises(DataError, match="no chat template"):
+        data.load_tokenizer(tmp_path)
+
+    def text():
+        tokenizer = data.load_tokenizer(tmp_path)
+        return tokenizer.tokenizer.decode(tokenizer.encode_prompt(AUDIO + "?"), skip_special_tokens=False)
+
+    for file, content in (
+        ("tokenizer_config.json", json.dumps(settings | {"chat_template": TEMPLATE})),
+        ("chat_template.json", json.dumps({"chat_template": TEMPLATE.replace("Today", "Now")})),
+        ("chat_template.jinja", TEMPLATE.replace("Today", "It")),
+    ):
+        (tmp_path / file).write_text(content)
+        word = {"tokenizer_config.json": "Today", "chat_template.json": "Now", "chat_template.jinja": "It"}[file]
+        assert re.match(rf"<.start_of_role.>system<.end_of_role.>{word} is \d\d \w+ \d{{4}}\.<.end_of_text.>\n", text())
+        assert text().endswith(f"{AUDIO}?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>")
+    for template, error in (
+        ("{{ raise_exception('no audio here') }}", "no audio here"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages[0].content.replace('audio', 'x') }}", "audio"),
+        ("{% if %}", "chat template"),
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(DataError, match=error):
+            text()
+
+
 # ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------
 TINY = """
     --train-rows 24 --validation-rows 4 --test-rows 6 --ctc-steps 3 --sft-steps 4 --base-batch 4 --steps 4 --prompts 4
@@ -1415,11 +1804,15 @@ def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path, monkeypatch):
+SUFFIXES = ",".join(PLAIN)  # as the paper's runs: the Conformer's feed-forwards are adapted, too
+
+
+@pytest.mark.parametrize("targets", ["decoder", SUFFIXES])
+def test_micro_batches_change_memory_and_nothing_else(targets, first_run, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "reward", by_letters)
     runs = []
     for micro in ("1", "2", "4"):
-        flags = ["--steps", "2", "--update-prompts", "4", "--micro-prompts", micro]
+        flags = ["--steps", "2", "--update-prompts", "4", "--micro-prompts", micro, "--lora-targets", targets]
         train.main([*TINY, "--base", base_of(first_run), "--out", str(tmp_path / micro), *flags])
         runs.append(adapter(tmp_path / micro))
     for other in runs[1:]:
@@ -1457,8 +1850,10 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
         assert not advantages[~masks.bool()].any()
 
 
-def test_who_runs_with_lora_and_who_with_dropout(first_run, tmp_path, monkeypatch):
-    """Rollouts: LoRA on, no dropout. Reference log-probabilities: LoRA off. The update: LoRA on, with its dropout."""
+@pytest.mark.parametrize("targets", ["decoder", SUFFIXES])
+def test_who_runs_with_lora_and_who_with_dropout(targets, first_run, tmp_path, monkeypatch):
+    """Rollouts: LoRA on, no dropout. Reference log-probabilities: LoRA off. The update: LoRA on, with its dropout.
+    An adapted encoder hears in the same three ways, and no other dropout or BatchNorm is ever in training."""
     modes, train_policy = [], train.train_policy
 
     def from_here_on(*args):
@@ -1473,18 +1868,25 @@ def test_who_runs_with_lora_and_who_with_dropout(first_run, tmp_path, monkeypatc
             if layers:
                 on = all(x.enabled for x in layers)
                 modes.append(((name, torch.is_grad_enabled()), (on, on and all(x.training for x in layers))))
+                assert {type(m) for m in self.modules() if m.training} <= {lora.LoRALinear, nn.Dropout}
+                assert not any(m.training for m in self.encoder.modules() if type(m) is type(self.encoder.layers[0]))
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(SpeechLM, name, watching)
 
-    watch("sample"), watch("response_logp"), monkeypatch.setattr(train, "train_policy", from_here_on)
+    watch("sample"), watch("response_logp"), watch("encode"), monkeypatch.setattr(train, "train_policy", from_here_on)
     monkeypatch.setattr(data, "reward", by_letters)
-    train.main([*TINY, "--lora-dropout", "0.5", "--base", base_of(first_run), "--out", str(tmp_path / "run")])
-    assert set(modes) == {  # (who, with gradient): (LoRA on, dropout on)
-        (("sample", True), (True, False)),
+    command = [*TINY, "--lora-dropout", "0.5", "--lora-targets", targets, "--base", base_of(first_run)]
+    train.main([*command, "--out", str(tmp_path / "run")])
+    expected = {  # (who, with gradient): (LoRA on, dropout on)
+        (("sample", False), (True, False)),
         (("response_logp", False), (False, False)),
         (("response_logp", True), (True, True)),
     }
+    if targets == SUFFIXES:
+        expected |= {(("encode", False), (True, False)), (("encode", False), (False, False))}
+        expected |= {(("encode", True), (True, True))}
+    assert set(modes) == expected
     rows = metrics(tmp_path / "run")
     assert rows[0]["first_ratio_gap"] < 1e-5 < rows[3]["first_ratio_gap"]  # B starts at zero: nothing to drop yet
     assert rows[3]["kl"] > 1e-4
@@ -1573,6 +1975,72 @@ def test_ask_answers_and_draws_the_tree(first_run, capsys):
     assert sum("response" in line and "r=" in line for line in tree.splitlines()) == 4
     with pytest.raises(data.DataError, match="missing.wav"):
         train.main(["--ask", "missing.wav", "What?", "--out", str(first_run), "--device", "cpu"])
+
+
+def test_an_encoder_with_lora_is_trained_and_never_heard_stale(first_run, tmp_path, monkeypatch):
+    """Its adapters move, and after that sampler and scorer still agree: both hear with the encoder as it is."""
+    monkeypatch.setattr(data, "reward", by_letters)
+    command = [*TINY, "--lora-targets", SUFFIXES, "--base", base_of(first_run), "--lr", "0.02", "--out"]
+    train.main([*command, str(tmp_path / "run")])
+    moved = [t.abs().max() for name, t in adapter(tmp_path / "run").items() if "encoder" in name and "lora_B" in name]
+    assert len(moved) == 16 and min(moved) > 1e-4
+    assert all(row["first_ratio_gap"] < 1e-5 for row in metrics(tmp_path / "run"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    base = json.loads((first_run / "results.json").read_text())["base"]
+    assert all(results["base"][k] == v for k, v in base.items() if "reward" not in k)  # measured with LoRA off
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_path):
+    """--init with its chat and its LoRA merged; a run that was stopped; --resume-adapter; --eval-only on both."""
+    folder, _, _ = released
+    corpus = write_corpus(tmp_path / "tones")
+    command = [
+        *TINY,
+        "--init",
+        str(folder),
+        "--data",
+        str(corpus),
+        "--lora-targets",
+        SUFFIXES,
+        "--system-prompt",
+        "Hm.",
+    ]
+    train.main([*command, "--out", str(tmp_path / "whole"), "--eval-passes", "2"])
+    assert {"base-tones-seed0", "whole-training"}.isdisjoint(p.name for p in tmp_path.iterdir())
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+
+    # The base column is the checkpoint's own, the trained one the run's; predictions are a judge's to read.
+    train.main([*command, "--eval-only", "--eval-passes", "2", "--out", str(tmp_path / "base")])
+    base = json.loads((tmp_path / "base" / "evaluation-tones.json").read_text())
+    train.main(["--eval-only", "--out", str(tmp_path / "whole"), "--device", "cpu"])
+    trained = json.loads((tmp_path / "whole" / "evaluation-tones.json").read_text())
+    for name, value in results["trained"].items():
+        assert (base[name], trained[name]) == (results["base"][name], value), name
+    lines = (tmp_path / "whole" / "predictions-tones.jsonl").read_text().splitlines()
+    assert lines == (tmp_path / "whole" / "predictions-trained.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 6 and all(len(row["sampled"]) == 2 for row in rows)
+    assert [row["reference"] for row in rows] == [f"Tone {'abc'[i % 3]} it is." for i in range(6)]
+
+    # An adapter goes on from where it was, with its own settings.
+    train.main([*command, "--resume-adapter", str(tmp_path / "whole" / "adapter"), "--lora-r", "9", "--lr", "0",
+                "--out", str(tmp_path / "more"), "--eval-passes", "2"])  # fmt: skip
+    same(adapter(tmp_path / "more"), adapter(tmp_path / "whole"))
+    more = json.loads((tmp_path / "more" / "results.json").read_text())
+    assert more["base"] == results["base"] and more["trained"] == results["trained"]
+    config = json.loads((tmp_path / "more" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["target_modules"]) == (4, PLAIN)
+    train.main(["--ask", str(corpus / "test0.wav"), "Which tone?", "--out", str(tmp_path / "more"), "--device", "cpu"])
+
+    # Mistakes get one line.
+    for flags, words in (
+        (["--init", str(corpus)], "no folder with a checkpoint"),
+        (["--lora-targets", "nothing", "--out", str(tmp_path / "x")], "no linear layer matches"),
+        (["--resume-adapter", str(first_run / "adapter"), "--out", str(tmp_path / "y")], "does not fit the model"),
+    ):
+        with pytest.raises(data.UserError, match=words):
+            train.main([*command, *flags])
 
 
 def test_order_and_swap():

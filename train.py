@@ -322,6 +322,7 @@ def adapts_hearing(model) -> bool:
 # Evaluation
 
 
+@torch.no_grad()
 def answer(model, tokenizer, split, cfg: Config, temperature=0.0, top_p=1.0, seed=(0,), swapped=None) -> list[str]:
     """One response per row of a data.Split; swapped: the row whose audio each row hears instead of its own."""
     texts = []
@@ -385,10 +386,10 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         began = time.perf_counter()
         place = range(step * cfg.prompts, (step + 1) * cfg.prompts)  # in the endless shuffled sequence of prompts
         indices = data.order(len(train.rows), [cfg.seed, 4], place.start, cfg.prompts)
+        u = data.noise([cfg.seed, 5], place, cfg.responses, cfg.max_new_tokens, model.device)
         with torch.no_grad():
             prompts = train.batch(model, indices)
-        u = data.noise([cfg.seed, 5], place, cfg.responses, cfg.max_new_tokens, model.device)
-        rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
+            rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
         T = int(rollout.lengths.max())  # nothing after the longest response matters
         tokens, mask, old_logp = rollout.tokens[..., :T], rollout.mask[..., :T], rollout.logp[..., :T]
         sampled = time.perf_counter()
@@ -471,6 +472,7 @@ def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
     return out
 
 
+@torch.no_grad()
 def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count: int = 2):
     """A few prompts: the reference, the greedy answer, and the best and worst of K responses shaded by their credit."""
     indices = list(range(min(count, len(split.rows))))
