@@ -431,7 +431,7 @@ class ChatTokenizer:
             raise DataError(f"the checkpoint's chat template fails: {error}") from None
         ids = self.tokenizer.encode(text).ids
         if ids.count(self.audio_id) != 1:
-            raise DataError(f"the checkpoint's chat template makes of {prompt!r} a prompt without its {AUDIO}: {text!r}")
+            raise DataError(f"the chat template turns {prompt!r} into a prompt without one {AUDIO}: {text!r}")
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -451,7 +451,7 @@ def odd_config(seed):
             feedforward_mult=1 + seed,
             num_heads=3,
             dim_head=5 + seed,
-            output_dim=5 + seed,
+            output_dim=[6, 7, 5, 9][seed],
             context_size=context,
             max_pos_emb=context + 8 * tied,
             conv_kernel_size=4 + seed,
