@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT, WINDOW, HOP, N_MELS = 512, 400, 160, 80  # samples: 25 ms windows every 10 ms, 100 mel frames per second
-TEMPLATE_DATE = datetime.date(2025, 4, 9)
+TEMPLATE_DATE = datetime.date(2025, 4, 9)  # in prompts that tell the date: the one in Granite Speech 3.3's model card
 AUDIO = "<|audio|>"  # its place in the prompt is where the audio embeddings go
 
 
@@ -429,6 +429,8 @@ class ChatTokenizer:
             text = compiled(self.source).render(messages=messages, add_generation_prompt=True, **self.special)
         except jinja2.TemplateError as error:
             raise DataError(f"the checkpoint's chat template fails: {error}") from None
+        if self.system and self.system[0]["content"] not in text:
+            raise DataError("the checkpoint's chat template has no place for a system prompt: go on without it")
         ids = self.tokenizer.encode(text).ids
         if ids.count(self.audio_id) != 1:
             raise DataError(f"the chat template turns {prompt!r} into a prompt without one {AUDIO}: {text!r}")

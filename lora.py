@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # The seven projections of every decoder layer. A plain list of suffixes would also match `up_proj` and `down_proj`
@@ -107,7 +107,7 @@ def merge(model: nn.Module):
     """Fold the adapters into the weights, W + (alpha / r) B A: faster to run, but rounded to the weights' dtype."""
     for layer in lora_layers(model).values():
         if not layer.merged:
-            layer.weight += (layer.scale * layer.lora_B @ layer.lora_A).to(layer.weight.dtype)
+            layer.weight.copy_(layer.weight.float() + layer.scale * layer.lora_B @ layer.lora_A)  # rounded once
             layer.merged = True
 
 
@@ -116,7 +116,7 @@ def unmerge(model: nn.Module):
     """Undo merge, up to rounding."""
     for layer in lora_layers(model).values():
         if layer.merged:
-            layer.weight -= (layer.scale * layer.lora_B @ layer.lora_A).to(layer.weight.dtype)
+            layer.weight.copy_(layer.weight.float() - layer.scale * layer.lora_B @ layer.lora_A)
             layer.merged = False
 
 
@@ -153,17 +153,22 @@ def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtyp
     """
     found, problems, missing = {}, [], dict(wanted)
     for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            for key in tensors.keys():
-                name, shape = released_name(key), tuple(tensors.get_slice(key).get_shape())
-                missing.pop(name, None)
-                if name not in wanted:
-                    problems.append(f"unknown {key}")
-                elif shape != tuple(wanted[name]):
-                    problems.append(f"{key} is {shape}, not {tuple(wanted[name])}")
-                else:
-                    tensor = tensors.get_tensor(key)
-                    found[name] = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+        try:
+            tensors = safe_open(file, framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}): get it again") from None
+        for key in tensors.keys():
+            name, shape = released_name(key), tuple(tensors.get_slice(key).get_shape())
+            missing.pop(name, None)
+            if name not in wanted:
+                problems.append(f"unknown {key}")
+            elif shape != tuple(wanted[name]):
+                problems.append(f"{key} is {shape}, not {tuple(wanted[name])}")
+            else:
+                tensor = tensors.get_tensor(key)
+                found[name] = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+    for name in [name for name in missing if name.endswith("num_batches_tracked")]:
+        found[name] = torch.zeros(missing.pop(name), dtype=torch.int64, device=device)  # no weight; some files lack it
     problems += [f"missing {name}" for name in missing]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in sorted(problems)[:10]) + "\n  ..." * (len(problems) > 10)

@@ -95,14 +95,17 @@ class SpeechConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "SpeechConfig":
-        """From a config.json; keys that do not shape the model are ignored."""
+        """From a config.json; keys that do not shape the model are ignored. ValueError: positions that are not here."""
 
         def pick(kind, values):
-            values = {**values, **(values.get("rope_parameters") or {})}  # newer files nest rope_theta there
             return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
+        text = config["text_config"] | (config["text_config"].get("rope_parameters") or {})  # newer files nest them
+        if text.get("rope_scaling") or text.get("rope_type", "default") != "default":
+            raise ValueError("scaled rotary positions are not implemented")
+        config = {"tie_word_embeddings": text.get("tie_word_embeddings", True)} | config | {"text_config": text}
         parts = {"encoder_config": EncoderConfig, "projector_config": ProjectorConfig, "text_config": TextConfig}
-        return pick(cls, {**config, **{name: pick(kind, config[name]) for name, kind in parts.items()}})
+        return pick(cls, config | {name: pick(kind, config[name]) for name, kind in parts.items()})
 
     @classmethod
     def compact(cls, vocab_size: int, ctc_size: int, audio_token_index: int) -> "SpeechConfig":
@@ -361,9 +364,8 @@ class KVCache:
 
     def __init__(self, c: TextConfig, batch: int, size: int, dtype, device):
         head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
-        self.kv = torch.empty(
-            c.num_hidden_layers, 2, batch, c.num_key_value_heads, size, head_dim, dtype=dtype, device=device
-        )
+        shape = c.num_hidden_layers, 2, batch, c.num_key_value_heads, size, head_dim
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, layer: int, k, v):
@@ -637,10 +639,11 @@ class SpeechLM(nn.Module):
         """
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
-        if missing := {"encoder_config", "projector_config", "text_config"} - config.keys():
-            raise ValueError(f"{folder / 'config.json'} describes no Granite Speech model: {sorted(missing)} missing")
-        with torch.device("meta"):
-            model = cls(SpeechConfig.from_dict(config))
+        try:
+            with torch.device("meta"):
+                model = cls(SpeechConfig.from_dict(config))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{folder / 'config.json'} is of no model that this code knows: {error!r}") from None
         index = folder / "model.safetensors.index.json"
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}

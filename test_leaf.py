@@ -750,6 +750,8 @@ def test_model_files(seed, tmp_path):
     }
     save_file(in_memory, tmp_path / "model.safetensors")
     same(SpeechLM.from_pretrained(tmp_path).state_dict(), model.state_dict())
+    save_file({n: w for n, w in in_memory.items() if "num_batches" not in n}, tmp_path / "model.safetensors")
+    same(SpeechLM.from_pretrained(tmp_path).state_dict(), model.state_dict())  # as in the 3.3 releases
 
     def refused(*words):
         with pytest.raises(ValueError) as error:
@@ -764,10 +766,15 @@ def test_model_files(seed, tmp_path):
     )
     save_file(in_memory | {name: tensor[1:].contiguous()}, tmp_path / "model.safetensors")
     refused("1 problems", f"{name} is {tuple(tensor[1:].shape)}, not {tuple(tensor.shape)}")
+    (tmp_path / "model.safetensors").write_bytes(b"Entry not found, says the server, in place of a model")
+    refused("model.safetensors cannot be read")
     save_file(in_memory, tmp_path / "model.safetensors")
     for part in ("text_config", "encoder_config"):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != part}))
         refused("config.json", part)
+    for rope in ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "yarn"}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | rope}))
+        refused("rotary")
     (tmp_path / "config.json").write_text(json.dumps(config | {"has_lora_adapter": True}))
     refused("adapter_config.json and adapter_model.safetensors are missing")
 
@@ -1554,6 +1561,9 @@ def released(tmp_path_factory):
     modality = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(theirs, modality).eval()
     theirs.save_pretrained(folder)
+    adapter_file = folder / "adapter_model.safetensors"  # IBM's has the decoder's released names
+    save_file({lora.released_name(name): tensor for name, tensor in load_file(adapter_file).items()}, adapter_file)
+    (folder / "model-00001-of-00099.safetensors").write_bytes(b"left behind; the index does not name it")
     assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "adapter_model.safetensors").exists()
     return folder, processor, theirs
 
@@ -1587,6 +1597,29 @@ def test_a_released_checkpoint_says_what_it_says_in_transformers(released):
     assert tokenizer.eos_id == processor.tokenizer.eos_token_id
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_readmes_way_into_transformers(released, tmp_path):
+    """What the README tells users of transformers and PEFT to do with our adapter gives our logits."""
+    folder, _, _ = released
+    ours = SpeechLM.from_pretrained(folder).eval()
+    shake_lora(ours, PLAIN, r=3, alpha=9.0)
+    lora.save_adapter(ours, tmp_path / "adapter", PLAIN, base=str(folder))
+    code = re.search(r"```python\n(from peft import .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("granite-speech-3.3-2b", str(folder)).replace("runs/sqa-leaf-seed0", str(tmp_path))
+    names = {}
+    exec(code.replace('dtype="bfloat16"', 'dtype="float32"'), names)
+    theirs, mel = names["model"].eval(), randn(47, 160)
+    sounds = ours.project(ours.encode([mel]))
+    audio = ours.config.audio_token_index
+    prompts = ours.embed_prompts([[4, audio, 5, 6]], sounds)
+    ids = torch.tensor([[4] + [audio] * len(sounds[0]) + [5, 6]])
+    logits = theirs(input_ids=ids, input_features=mel[None]).logits / ours.config.text_config.logits_scaling
+    roughly(causal(ours, prompts.x), logits)
+    with lora.lora_disabled(ours):
+        assert not torch.allclose(causal(ours, prompts.x), logits, atol=1e-2)
+
+
 def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
     """In any of the three places; without a system prompt the date is a fixed one; a template cannot reach out."""
     folder, processor, _ = released
@@ -1596,8 +1629,8 @@ def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
     with pytest.raises(DataError, match="no chat template"):
         data.load_tokenizer(tmp_path)
 
-    def text():
-        tokenizer = data.load_tokenizer(tmp_path)
+    def text(system=""):
+        tokenizer = data.load_tokenizer(tmp_path, system)
         return tokenizer.tokenizer.decode(tokenizer.encode_prompt(AUDIO + "?"), skip_special_tokens=False)
 
     for file, content in (
@@ -1611,13 +1644,14 @@ def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
         assert text().endswith(f"{AUDIO}?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>")
     for template, error in (
         ("{{ raise_exception('no audio here') }}", "no audio here"),
+        ("{{ messages[-1].content }}", "no place for a system prompt"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].content.replace('audio', 'x') }}", "audio"),
         ("{% if %}", "chat template"),
     ):
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(DataError, match=error):
-            text()
+            text("Be brief." if "system" in error else "")
 
 
 # ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------

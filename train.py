@@ -93,8 +93,7 @@ class Config:
     lora_r: int = flag(16, "rank (paper: 64)")
     lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
     lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
-    lora_targets: str = flag("decoder", "its seven projections, or last parts of layers' names: q_proj,up_proj,... "
-                             "which also match in the encoder and then train through it")  # fmt: skip
+    lora_targets: str = flag("decoder", "its 7 projections; or last names of layers, q_proj,up_proj,... anywhere")
     resume_adapter: str = flag("", "folder of a PEFT adapter to go on from; its own settings replace the four above")
     # evaluation
     eval_every: int = flag(50, "steps between greedy evaluations on the validation split; 0: never", least=0)
@@ -500,7 +499,7 @@ def ask(cfg: Config, audio: str, question: str, samples: int, reference: str, de
     """Answer a question about a recording with a trained run; with samples, show the responses as LEAF sees them."""
     if data.AUDIO in question or not question.strip() or samples < 0:
         raise data.UserError(f"--ask needs a question without {data.AUDIO}, and --samples a number from 0 up")
-    model, tokenizer = load(cfg, device, dtype, cfg.run_folder / "adapter")
+    model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
     split = data.Split("asked", [row], cfg.cache_gb)
     split.project(model, tokenizer)
@@ -519,16 +518,16 @@ def ask(cfg: Config, audio: str, question: str, samples: int, reference: str, de
     print(f"boundaries {boundaries}\n{leaf.format_tree([tokenizer.pieces(ids) for ids in rows], *known)}")
 
 
-def evaluate_only(cfg: Config, folder: Path, adapter, device, dtype):
+def evaluate_only(cfg: Config, folder: Path, device, dtype):
     """Figures and answers of a run's or a checkpoint's model on the test split."""
     rows = load_rows(cfg, ("test",))["test"]
-    model, tokenizer = load(cfg, device, dtype, adapter)
+    model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     split = data.Split("test", rows, cfg.cache_gb)
     split.project(model, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     table, answers = folder / f"evaluation-{cfg.name}.json", folder / f"predictions-{cfg.name}.jsonl"
     result = evaluate(model, tokenizer, split, cfg, answers)
-    data.write_json(table, {"config": asdict(cfg), "adapter": str(adapter), "test_rows": len(rows), **result})
+    data.write_json(table, {"config": asdict(cfg), "test_rows": len(rows), **result})
     data.show_table(f"test split, {len(rows)} rows", {"": result})
     print(f"\nfigures {table}\nanswers {answers}")
 
@@ -563,14 +562,14 @@ def check_same(folder: Path, settings: dict, file: str):
 
 
 def finished(folder: Path, given: dict) -> Config:
-    """The configuration of the finished run in a folder, with what the command line changes."""
+    """The configuration of the finished run in a folder, its adapter included, with what the command line changes."""
     if not (folder / "results.json").exists():
         raise data.UserError(f"{folder} holds no finished run: name one with --out, or train it first")
     saved = data.read_json(folder / "config.json")
     kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     kept["data"] = data.read_json(folder / "results.json")["config"]["data"]
     kept["init" if saved.get("init") else "base"] = os.path.normpath(folder / saved["base"])
-    return Config(**{**kept, **given})
+    return Config(**{**kept, "resume_adapter": str(folder / "adapter"), **given})
 
 
 def parse(argv):
@@ -580,12 +579,11 @@ def parse(argv):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
         shown = f"{text} (default: {default})" if default != "" else text
+        common = {"default": argparse.SUPPRESS, "help": shown}  # what is not given may come from a finished run
         if isinstance(f.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=shown)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **common)
         else:
-            kind = type(f.default)
-            choices = f.metadata["choices"]
-            parser.add_argument(name, type=kind, default=argparse.SUPPRESS, choices=choices, help=shown)
+            parser.add_argument(name, type=type(f.default), choices=f.metadata["choices"], **common)
     use = parser.add_argument_group("use a trained run")
     use.add_argument("--ask", nargs=2, metavar=("AUDIO", "QUESTION"), help="answer a question about a recording")
     use.add_argument("--samples", type=int, default=0, help="with --ask: sample so many responses, show their tree")
@@ -598,9 +596,10 @@ def parse(argv):
     if given.get("init") and given.get("base"):
         parser.error("--init and --base exclude each other")
     cfg = Config(**given)
-    there = "out" in given and (cfg.run_folder / "results.json").exists()
-    actions["run"] = actions["ask"] or actions["eval_only"] and (there or not (cfg.init or cfg.base))
-    if actions["run"]:
+    if actions["eval_only"] and (cfg.init or cfg.base):  # a checkpoint is meant, unless --out is a run
+        cfg.out = cfg.out or f"runs/{cfg.name}-evaluation"
+    use_run = (cfg.run_folder / "results.json").exists() or not (cfg.init or cfg.base)
+    if actions["ask"] or actions["eval_only"] and use_run:
         cfg = finished(cfg.run_folder, given)
     for f in fields(Config):
         if type(f.default) is int and getattr(cfg, f.name) < f.metadata["least"]:
@@ -624,9 +623,7 @@ def main(argv=None):
     if actions["ask"]:
         return ask(cfg, *actions["ask"], actions["samples"], actions["reference"], device, dtype)
     if actions["eval_only"]:
-        if not actions["run"]:
-            folder = Path(cfg.out or f"runs/{cfg.name}-evaluation")
-        return evaluate_only(cfg, folder, folder / "adapter" if actions["run"] else cfg.resume_adapter, device, dtype)
+        return evaluate_only(cfg, folder, device, dtype)
     corpus = load_rows(cfg)  # checked whole before anything is written
     with data.lock(folder, wait=False):
         run(cfg, corpus, device, dtype, began)

@@ -282,3 +282,58 @@ def load(config: SpeechConfig) -> dict:
         printed = subprocess.run([sys.executable, "-c", LOADER, folder], check=True, capture_output=True, text=True).stdout
     memory, seconds = map(float, printed.split())
     return {"weights_gb": total / 1e9, "memory_gb": memory, "ratio": memory / (total / 1e9), "seconds": seconds}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def show(step: dict):
+    gpus = list(dict.fromkeys(gpu for shape in step["shapes"].values() for gpu in shape["seconds"]))
+    parts = ("hearing", "sampling", "reference", "update")
+    print(f"\n{step['how']}; GB is 1e9 bytes; seconds are sampling + reference + update\n")
+    print("| model | parameters | " + " | ".join(f"{part}, GB" for part in parts) + " | with allowance | "
+          + " | ".join(f"{gpu}, s per step" for gpu in gpus) + " |")  # fmt: skip
+    print("|---" * (3 + len(parts) + len(gpus)) + "|")
+    for name, shape in step["shapes"].items():
+        cells = [name, f"{shape['parameters'] / 1e9:.2f}e9"] + [f"{shape['peak_gb'][part]:.1f}" for part in parts]
+        cells.append(f"{shape['with_allowance_gb']:.1f}")
+        for gpu in gpus:
+            took = [shape["seconds"].get(gpu, {}).get(part) for part in parts[1:]]
+            cells.append(f"{sum(took):.1f} = " + " + ".join(f"{t:.1f}" for t in took) if took[0] else "does not fit")
+        print("| " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", action="store_true", help="host memory of loading a checkpoint of the 2B shape")
+    args = parser.parse_args()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"processor": processor(), "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
+    path = RESULTS / "footprint.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if args.load:
+        result["load"] = load(SHAPES["granite-speech-3.3-2b"]) | {"machine": machine}
+        print("loaded {weights_gb:.2f} GB of weights with {memory_gb:.2f} GB of memory, {ratio:.3f} times as much, "
+              "in {seconds:.0f} s".format(**result["load"]))  # fmt: skip
+    else:
+        step = {"how": "measured" if gpu else "computed, see footprint.py", "machine": machine, "shapes": {}}
+        host = None
+        if not gpu:
+            T = 16
+            host = measure(NARROW, "cpu", seconds=1, T=T)["seconds"]
+            step["host_seconds"] = host = {"sampling": host["sampling"] / T * TOKENS} | {
+                part: host[part] for part in ("reference", "update")}  # fmt: skip
+        for name, config in tqdm(SHAPES.items()):
+            shape = measure(config, "cuda", SECONDS, TOKENS) if gpu else count(config)
+            shape["with_allowance_gb"] = 1.1 * max(shape["peak_gb"].values()) + 0.5
+            if not gpu:
+                fits = [gpu for gpu, (memory, _, _) in GPUS.items() if shape["with_allowance_gb"] <= memory]
+                shape["seconds"] = {gpu: estimate(shape, host, gpu) for gpu in fits}
+            step["shapes"][name] = shape
+        result["step"] = step
+        show(step)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
