@@ -616,7 +616,7 @@ class Split:
 
     def project(self, model, tokenizer, frozen: bool = True):
         """And through the projector: if that is frozen too, what is left for RL is embeddings in, text out."""
-        self.prompts = [tokenizer.encode_prompt(row["prompt"]) for row in self.rows]
+        self.tokenizer, self.frozen = tokenizer, frozen
         if not frozen:  # heard anew each time, by the model as it is then, with gradients where they are enabled
             self.sounds = lambda indices: model.project(model.encode(self.mels(indices)))
             return
@@ -626,7 +626,8 @@ class Split:
 
     def batch(self, model, indices: list[int], sounds_of: list[int] | None = None):
         """Prompts of the rows at indices, optionally with other rows' audio."""
-        return model.embed_prompts([self.prompts[i] for i in indices], self.sounds(sounds_of or indices))
+        prompts = [self.tokenizer.encode_prompt(self.rows[i]["prompt"]) for i in indices]
+        return model.embed_prompts(prompts, self.sounds(sounds_of or indices))
 
 
 def order(n: int, seed: list[int], start: int, count: int) -> list[int]:

@@ -312,11 +312,6 @@ def adapt(cfg: Config, model):
         raise data.UserError(str(error)) from None
 
 
-def adapts_hearing(model) -> bool:
-    """Whether LoRA is on the encoder or the projector, too: what they compute is then no longer fixed."""
-    return any(not name.startswith("language_model.") for name in lora_layers(model))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -375,7 +370,6 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards):
 def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, validation: data.Split, folder):
     """LoRA trained by LEAF or GRPO; one step is one rollout batch and its updates."""
     parameters = lora_parameters(model)
-    frozen = not adapts_hearing(model)
     updater = Updater(parameters.values(), cfg)
     updates_per_step = cfg.prompts // cfg.update_prompts
 
@@ -407,7 +401,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
 
         # Update: some prompts per optimiser step, fewer per forward pass; the loss is a mean over responses.
         def heard(chunk):  # an encoder in training hears differently with LoRA off, or after an update
-            return prompts[chunk] if frozen else train.batch(model, [indices[i] for i in chunk])
+            return prompts[chunk] if train.frozen else train.batch(model, [indices[i] for i in chunk])
 
         with torch.no_grad(), lora_disabled(model):
             chunks = torch.arange(cfg.prompts).split(cfg.micro_prompts)
@@ -650,8 +644,9 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         print(f"note: {base_folder} was trained on other rows, which may hold some of this test split")
     model, tokenizer = load(cfg, device, dtype)
     targets = adapt(cfg, model)
+    frozen = all(name.startswith("language_model.") for name in lora_layers(model))
     for split in splits.values():
-        split.project(model, tokenizer, frozen=not adapts_hearing(model))
+        split.project(model, tokenizer, frozen)
 
     # Measure it.
     with lora_disabled(model):
