@@ -516,6 +516,13 @@ def their_logits(theirs, mel):
     return ids, theirs(input_ids=ids, input_features=mel).logits / c.text_config.logits_scaling
 
 
+def granite(theirs):
+    """Their decoder as GraniteForCausalLM, which does divide by logits_scaling."""
+    model = pytest.importorskip("transformers").GraniteForCausalLM(theirs.config.text_config).eval()
+    model.model, model.lm_head = theirs.model.language_model, theirs.lm_head
+    return model
+
+
 def causal(model, x):
     """Logits for embeddings (B, S, C) as plain causal sequences: no padding, no sharing, no cache."""
     S = x.shape[1]
@@ -542,7 +549,7 @@ def test_same_as_transformers(seed, tmp_path):
     """Weights and config.json as they write them. In a ragged batch of ours, every row has the frames, embeddings,
     logits and 20 greedy tokens that theirs has alone."""
     theirs = make_transformers(seed, tmp_path)
-    ours = SpeechLM.from_pretrained(tmp_path).eval()
+    ours, decoder = SpeechLM.from_pretrained(tmp_path).eval(), granite(theirs)
     assert SpeechConfig.from_dict(theirs.config.to_dict()) == ours.config == odd_config(seed)
     mels = [randn(n, 160, seed=n) for n in (7, 1, 65, 2, 31, 13, 20, 47)]
     frames = ours.encode(mels)
@@ -554,6 +561,7 @@ def test_same_as_transformers(seed, tmp_path):
         near((frames[i], sounds[i]), (hidden[0], theirs.model.projector(hidden)[0]), atol=3e-5)
         x, (ids, logits) = prompts.x[i][None, prompts.valid[i]], their_logits(theirs, mel[None])
         roughly(causal(ours, x), logits)
+        roughly(logits, decoder(inputs_embeds=x).logits)
         want = theirs.generate(input_ids=ids, input_features=mel[None], do_sample=False, max_new_tokens=20)
         assert greedy[i] == want[0, ids.shape[1] :].tolist() and len(sounds[i]) == ours.projector.count(len(mel))
     assert len(set(sum(greedy, []))) > 6

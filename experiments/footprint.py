@@ -9,19 +9,19 @@ dropout 0.05, on the decoder's seven projections) with AdamW. Weights are random
 
 With a GPU all of it is MEASURED, with PyTorch's own counters. Without one it is COMPUTED:
 
-Memory: the same functions run on fake tensors of the true shapes, which have a size but no contents, through all layers,
-and a meter adds up what is alive at every operation of forward (float32 copies of the logits included), backward and
-optimiser. They take the CPU's path; its fused attention keeps for the backward pass what CUDA's fused kernels keep:
-queries, keys, values, output, mask, and a number per row. Two parts differ. A fake rollout stops after its first token,
-by when cache, prefill and logits were there, all that is large in it. Audio is heard for real, on the CPU, by 2 encoder
-layers of true width: without gradients more layers add nothing but weights. Not counted: memory inside kernels,
-fragmentation and CUDA's context, for which the column "with allowance" adds a tenth and 0.5 GB.
+Memory: the same functions run on fake tensors of the true shapes, which have a size but no contents, through all
+layers, and a meter adds up what is alive at every operation of forward (float32 copies of the logits included),
+backward and optimiser. They take the CPU's path; its fused attention keeps for the backward pass what CUDA's fused
+kernels keep: queries, keys, values, output, mask, and a number per row. A fake rollout stops after its first token, by
+when cache, prefill and logits were there, all that is large in it. Not counted: memory inside kernels, fragmentation
+and CUDA's context, for which the column "with allowance" adds a tenth and 0.5 GB.
 
-Time: references and updates are their floating-point operations, also counted by the meter, at 40% of the GPU's published
-dense bf16 rate. A decoding step reads the decoder's weights, LoRA (float32, and a bf16 copy, written and read) and half of
-the final cache at the published bandwidth. None is taken to be faster than Python launches the kernels, which is measured:
-the same functions, for real, on this machine's CPU, with 40 layers too narrow for the arithmetic to matter; rather more
-than launches take from a fast processor. Not counted: rewards, credit, and hearing, which is once per recording.
+Time: references and updates are their floating-point operations, also counted by the meter, at 40% of the GPU's
+published dense bf16 rate. A decoding step reads the decoder's weights, LoRA (float32, and a bf16 copy, written and
+read) and half of the final cache at the published bandwidth. None is taken to be faster than Python launches the
+kernels, which is measured: the same functions, for real, on this machine's CPU, with 40 layers too narrow for the
+arithmetic to matter; rather more than launches take from a fast processor. Not counted: rewards, credit, hearing
+(once per recording, not per step), and what an update's kernels read and write, which tells where bandwidth is low.
 """
 
 import argparse
@@ -33,11 +33,12 @@ import sys
 import tempfile
 import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -49,34 +50,33 @@ from tqdm import tqdm
 import leaf
 from experiments.keep import RESULTS, processor
 from lora import apply_lora, lora_disabled, lora_layers, lora_parameters
-from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig
+from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig
 
-# Encoder and projector: model cards, github.com/ibm-granite/granite-speech-models (revision 3.3.2). Decoders: config.json
-# of granite-3.1-2b-instruct, granite-3.1-8b-instruct (3.3 has their shape) and granite-4.0-1b-speech on Hugging Face.
+# As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder, projector) and
+# granite-3.1-8b-instruct say (decoder). Parameters come to 2.31, 3.01 (as published) and 8.65 billion.
 SHAPES = {
     "granite-4.0-1b-speech": SpeechConfig(
         EncoderConfig(num_layers=16, output_dim=348),
         text_config=TextConfig(100353, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4),
-        audio_token_index=100352, tie_word_embeddings=False),
+        audio_token_index=100352,
+        tie_word_embeddings=False,
+    ),
     "granite-speech-3.3-2b": SpeechConfig(EncoderConfig(num_layers=16, output_dim=256)),
     "granite-speech-3.3-8b": SpeechConfig(
-        EncoderConfig(num_layers=16, output_dim=256), text_config=TextConfig(hidden_size=4096, intermediate_size=12800)),
-}  # fmt: skip
+        EncoderConfig(num_layers=16, output_dim=256),
+        text_config=TextConfig(hidden_size=4096, intermediate_size=12800),
+    ),
+}
 NARROW = SpeechConfig(
     EncoderConfig(num_layers=2, hidden_dim=32, num_heads=2, dim_head=16),
-    ProjectorConfig(hidden_size=32, num_attention_heads=2, intermediate_size=32, encoder_hidden_size=32),
-    TextConfig(64, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1),
+    ProjectorConfig(32, 2, 2, 32, encoder_hidden_size=32),
+    TextConfig(64, 32, 32, num_hidden_layers=40, num_attention_heads=2, num_key_value_heads=1),
     audio_token_index=63,
 )
-# Memory in GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, and its Ada white paper for the RTX 4090.
+# GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, its Ada white paper for the RTX 4090.
 GPUS = {"RTX 4090": (24, 1008, 165.2e12), "L40S": (48, 864, 362.05e12), "H100 SXM": (80, 3350, 989.4e12)}
 PROMPTS, RESPONSES, TOKENS, AUDIO, TEXT = 6, 8, 200, 15, 50
-
-aten = torch.ops.aten
-FLOPS = flop_registry | {
-    getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"):
-        flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{way}")] for way in ("", "_backward")
-}  # fmt: skip
+PARTS = ("hearing", "sampling", "reference", "update")
 
 
 class Meter(TorchDispatchMode):
@@ -94,8 +94,10 @@ class Meter(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.live)
-        if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        # The CPU's attention kernels are not in PyTorch's list of formulas; CUDA's of the same arguments are.
+        packet = getattr(torch.ops.aten, func._overloadpacket.__name__.replace("_for_cpu", ""), None)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
     def free(self, size: int):
@@ -113,11 +115,6 @@ def build(config: SpeechConfig, device: str):
     torch.set_default_dtype(torch.float32)
     apply_lora(model, r=64, alpha=128, dropout=0.05)
     return model, torch.optim.AdamW(lora_parameters(model).values(), lr=5e-6, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-@torch.no_grad()
-def hear(model, seconds: int):
-    return model.project(model.encode([torch.randn(50 * seconds, 160, device=model.device)] * PROMPTS))
 
 
 @torch.no_grad()
@@ -142,7 +139,7 @@ def update(model, adam, prompts, tokens, ref_logp):
     logp = model.response_logp(prompts, tokens)[0]
     mask = torch.ones_like(logp, dtype=torch.bool)
     leaf.policy_loss(logp, ref_logp, ref_logp, torch.ones_like(logp), mask)[0].backward()
-    torch.nn.utils.clip_grad_norm_(lora_parameters(model).values(), 1.0)
+    nn.utils.clip_grad_norm_(lora_parameters(model).values(), 1.0)
     adam.step()
     adam.zero_grad(set_to_none=True)
     model.eval()
@@ -151,6 +148,7 @@ def update(model, adam, prompts, tokens, ref_logp):
 def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
     """Seconds of each part in the fastest of three real steps and, on a GPU, the most memory it took."""
     model, adam = build(config, device)
+    mels = [torch.randn(50 * seconds, 160, device=device)] * PROMPTS
     gpu, took, peak = device == "cuda", {}, {}
 
     @contextlib.contextmanager
@@ -166,8 +164,8 @@ def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
         took[name] = min(took.get(name, 1e9), time.perf_counter() - began)
 
     for _ in tqdm(range(3), desc=f"steps on {device}", leave=False):
-        with part("hearing"):
-            audio = hear(model, seconds)
+        with part("hearing"), torch.no_grad():
+            audio = model.project(model.encode(mels))
         prompts = embed(model, audio)
         with part("sampling"):
             tokens = sample(model, prompts, T)
@@ -181,70 +179,68 @@ def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Without a GPU
+# The same without a GPU
+
+
+def dropout(x, p, training, inplace):
+    """As on CUDA, which keeps a mask of one byte per element; the CPU's keeps two."""
+    return torch.native_dropout(x, p, training)[0] if training else x
+
+
+def batch_norm(self, x, mask):
+    """As MaskedBatchNorm where no frame is padding: which are is nothing a fake tensor knows."""
+    return torch.zeros_like(x) + nn.BatchNorm1d.forward(self, x.flatten(0, 1)).view_as(x)
 
 
 def compute(config: SpeechConfig, host: dict) -> dict:
-    """Memory of each part, and its seconds on every GPU that has so much; host: the least seconds a part can take."""
-    c, encoder = config.text_config, replace(config.encoder_config, num_layers=2)
-    shallow = replace(config, encoder_config=encoder, text_config=replace(c, num_hidden_layers=1))
-    with Meter() as meter:
-        model, _ = build(shallow, "cpu")
-        before = meter.live
-        audio_slots = len(hear(model, AUDIO)[0])
-    hearing = meter.peak - before
-
-    def dropout(x, p, training, inplace):  # CUDA's keeps a mask of one byte per element; the CPU's would keep two
-        return torch.native_dropout(x, p, training)[0] if training else x
-
-    with FakeTensorMode(), Meter() as meter, mock.patch.object(F, "dropout", dropout):
+    """Memory of each part, and its seconds on every GPU that has so much; host: the least seconds of a part."""
+    patches = mock.patch.object(F, "dropout", dropout), mock.patch.object(MaskedBatchNorm, "forward", batch_norm)
+    with FakeTensorMode(), Meter() as meter, patches[0], patches[1]:
         model, adam = build(config, "cpu")
+        c, text = config.text_config, model.language_model
         lora = sum(p.numel() for p in lora_parameters(model).values())
-        parameters, decoder = (
-            sum(p.numel() for p in module.parameters()) - lora for module in (model, model.language_model)
-        )
-        peak, flops = {"hearing": meter.live + hearing}, {}
-        prompts = embed(model, [torch.empty(audio_slots, c.hidden_size, dtype=model.dtype)] * PROMPTS)
+        parameters, decoder = (sum(p.numel() for p in part.parameters()) - lora for part in (model, text))
+        mel, frames = torch.empty(PROMPTS, 50 * AUDIO, 160, dtype=model.dtype), torch.full((PROMPTS,), 50 * AUDIO)
+        heard = torch.empty(PROMPTS, model.projector.count(50 * AUDIO), c.hidden_size, dtype=model.dtype)
+        prompts = embed(model, list(heard))
         tokens = torch.zeros(PROMPTS, RESPONSES, TOKENS, dtype=torch.int64)
         one, ref_logp = (prompts[[0]], tokens[[0]]), torch.zeros(RESPONSES, TOKENS)
+        peak, flops = {}, {}
         for name, run in (
+            ("hearing", torch.no_grad()(lambda: model.projector(model.encoder(mel, frames)[0], frames))),
             ("sampling", lambda: sample(model, prompts, TOKENS)),
             ("reference", lambda: reference(model, *one)),
             ("update", lambda: update(model, adam, *one, ref_logp)),
             ("update", lambda: update(model, adam, *one, ref_logp)),  # again, now that AdamW's moments are there
         ):
             meter.peak, meter.flops = meter.live, 0
-            with contextlib.suppress(DataDependentOutputException):  # "have all ended?": a fake tensor does not know
+            with contextlib.suppress(DataDependentOutputException):  # have all ended? Nothing a fake tensor knows
                 run()
-            peak[name], flops[name] = meter.peak, meter.flops * PROMPTS
-    slots = PROMPTS * (audio_slots + TEXT + RESPONSES * TOKENS)
-    head = c.head_dim or c.hidden_size // c.num_attention_heads
-    cache = c.num_hidden_layers * 2 * slots * c.num_key_value_heads * head * 2
+            peak[name], flops[name] = meter.peak / 1e9, meter.flops * PROMPTS
+    width = c.num_key_value_heads * text.model.layers[0].self_attn.head_dim
+    cache = 2 * 2 * c.num_hidden_layers * width * PROMPTS * (prompts.x.shape[1] + RESPONSES * TOKENS)
     seconds = {}
     for gpu, (memory, bandwidth, rate) in GPUS.items():
-        if 1.1 * max(peak.values()) / 1e9 + 0.5 <= memory:
+        if 1.1 * max(peak.values()) + 0.5 <= memory:
             least = {name: flops[name] / (0.4 * rate) for name in ("reference", "update")}
             least["sampling"] = TOKENS * (2 * decoder + 8 * lora + cache / 2) / 1e9 / bandwidth
-            seconds[gpu] = {name: max(host[name], least[name]) for name in host}
-    return {
-        "parameters": parameters, "decoder_parameters": decoder, "lora_parameters": lora, "cache_gb": cache / 1e9,
-        "peak_gb": {name: value / 1e9 for name, value in peak.items()},
-        "tflop": {name: flops[name] / 1e12 for name in ("reference", "update")}, "seconds": seconds,
-    }  # fmt: skip
+            seconds[gpu] = {name: max(host[name], least[name]) for name in PARTS[1:]}
+    sizes = {"parameters": parameters, "decoder": decoder, "lora": lora, "cache_gb": cache / 1e9}
+    tflop = {name: flops[name] / 1e12 for name in PARTS[2:]}
+    return {**sizes, "peak_gb": peak, "tflop": tflop, "seconds": seconds}
 
 
 def show(step: dict):
     gpus = list(dict.fromkeys(gpu for shape in step["shapes"].values() for gpu in shape["seconds"]))
-    parts = ("hearing", "sampling", "reference", "update")
-    heads = ["model", "parameters", *(f"{part}, GB" for part in parts), "with allowance, GB", *gpus]
+    heads = ["model", "parameters", *(f"{part}, GB" for part in PARTS), "with allowance, GB", *gpus]
     print(f"\n{step['how']}; a step's seconds are sampling + reference + update\n\n| " + " | ".join(heads) + " |")
     print("|---" * len(heads) + "|")
     for name, shape in step["shapes"].items():
-        peak = [shape["peak_gb"][part] for part in parts]
+        peak = [shape["peak_gb"][part] for part in PARTS]
         cells = [name, f"{shape['parameters'] / 1e9:.2f}e9", *(f"{gb:.1f}" for gb in [*peak, 1.1 * max(peak) + 0.5])]
         for gpu in gpus:
-            took = [shape["seconds"].get(gpu, {}).get(part, 0) for part in parts[1:]]
-            cells.append(f"{sum(took):.1f} s = " + " + ".join(f"{t:.1f}" for t in took) if any(took) else "too small")
+            took = [shape["seconds"][gpu][part] for part in PARTS[1:]] if gpu in shape["seconds"] else []
+            cells.append(f"{sum(took):.1f} s = " + " + ".join(f"{t:.1f}" for t in took) if took else "too small")
         print("| " + " | ".join(cells) + " |")
 
 
@@ -270,9 +266,10 @@ def load(config: SpeechConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         files, part, size, total = {}, {}, 0, 0
         for name, like in tqdm(state.items(), desc="writing a checkpoint"):
-            part[name] = torch.zeros_like(like, device="cpu")
-            if like.is_floating_point():
-                part[name] = torch.randn(like.shape, dtype=torch.bfloat16)
+            real = like.is_floating_point()
+            part[name] = (
+                torch.randn(like.shape, dtype=torch.bfloat16) if real else torch.zeros(like.shape, dtype=like.dtype)
+            )
             size, total = size + part[name].nbytes, total + part[name].nbytes
             if size > 2e9 or len(files) + len(part) == len(state):
                 file = f"model-{len(files):05}.safetensors"
@@ -298,14 +295,11 @@ def main():
     else:
         step = result["step"] = {"how": "measured" if gpu else "computed", "machine": machine, "shapes": {}}
         if not gpu:
-            host = measure(NARROW, "cpu", 1, 20)["seconds"]
+            host = step["host_seconds"] = measure(NARROW, "cpu", 1, 20)["seconds"]
             host["sampling"] *= TOKENS / 20
-            step["host_seconds"] = {part: host[part] for part in ("sampling", "reference", "update")}
         for name, config in tqdm(SHAPES.items()):
             with contextlib.suppress(torch.OutOfMemoryError):  # then it is not in the table
-                step["shapes"][name] = (
-                    measure(config, "cuda", AUDIO, TOKENS) if gpu else compute(config, step["host_seconds"])
-                )
+                step["shapes"][name] = measure(config, "cuda", AUDIO, TOKENS) if gpu else compute(config, host)
         show(step)
     path.write_text(json.dumps(result, indent=2) + "\n")
 

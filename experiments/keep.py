@@ -49,6 +49,8 @@ def show():
     groups = defaultdict(list)
     for file in sorted(RESULTS.glob("*.json")):
         result = json.loads(file.read_text())
+        if "trained" not in result:  # not a run's: footprint.json
+            continue
         config = result["config"]
         groups[config["data"] or config["task"], config["algo"], config["base_seed"]].append(result)
     print("| task, algorithm, base | runs | " + " | ".join(COLUMNS) + " |")
