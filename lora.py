@@ -151,6 +151,10 @@ def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtyp
 
     wanted: every name and its shape. Raises ValueError with the tensors that are unknown, missing or of another shape.
     """
+
+    def stored(tensor):
+        return tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor.clone()
+
     found, problems, missing = {}, [], dict(wanted)
     for file in files:
         try:
@@ -165,8 +169,8 @@ def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtyp
             elif shape != tuple(wanted[name]):
                 problems.append(f"{key} is {shape}, not {tuple(wanted[name])}")
             else:
-                tensor = tensors.get_tensor(key)
-                found[name] = tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+                found[name] = stored(tensors.get_tensor(key))
+        del tensors  # no longer mapped, where the copies are in another dtype
     for name in [name for name in missing if name.endswith("num_batches_tracked")]:
         found[name] = torch.zeros(missing.pop(name), dtype=torch.int64, device=device)  # no weight; some files lack it
     problems += [f"missing {name}" for name in missing]

@@ -401,7 +401,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         # The queries of a group, which share a key-value head, as more rows: fused kernels take masks but not groups.
         grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H_kv, G * S, D)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scale).view(q.shape)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scale).reshape(q.shape)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -446,6 +446,7 @@ class Decoder(nn.Module):
         angle = (positions[..., None].float() * frequency).repeat(1, 1, 2)[:, None]  # (B, 1, S, D)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)  # or each layer would convert it
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, i, cache)
         if cache is not None:

@@ -672,6 +672,22 @@ def test_shared_prompt_is_the_same_as_each_response_alone(side, adapted):
     model.response_logp(prompts, sampled).sum().backward()
 
 
+def test_attention_kernels_may_lay_out_memory_as_they_like(monkeypatch):
+    """CUDA's memory-efficient kernel returns (B, H, S, D) that lies in memory as (B, S, H, D)."""
+    model, prompts, tokens = make_model(), make_prompts([4, 9, 2], "left"), (V * rand(3, 4, 7)).long()
+    plain, mel = model.response_logp(prompts, tokens), randn(20, 160)
+    frames = model.encode([mel])[0]
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: attend(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    same(model.response_logp(prompts, tokens), plain)
+    same(model.encode([mel])[0], frames)
+    model.project([frames]), model.sample(prompts, rand(3, 4, 3), 2)
+
+
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.0, 0.9), (0.5, 0.8), (2.0, 0.3), (1.0, 1e-6)])
 def test_draw_follows_the_distribution(temperature, top_p):
     """Evenly spaced noise reproduces each probability to 1 / N, random noise to its standard error."""

@@ -234,7 +234,7 @@ def train_ctc(cfg, model, train, spoken, labels, folder):
         batch = [spoken[i] for i in data.order(len(spoken), [cfg.base_seed, 1], step * cfg.base_batch, cfg.base_batch)]
         mel, lengths = pad(train.mels(batch), model.device)
         frames, middle = encoder(mel, lengths)
-        wanted = torch.cat([torch.tensor(labels[i]) for i in batch])
+        wanted = torch.cat([torch.tensor(labels[i]) for i in batch]).to(model.device)
         label_lengths = torch.tensor([len(labels[i]) for i in batch])
         loss = 0
         for logits in (encoder.out(frames), middle):

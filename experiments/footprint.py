@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -50,29 +50,22 @@ from tqdm import tqdm
 import leaf
 from experiments.keep import RESULTS, processor
 from lora import apply_lora, lora_disabled, lora_layers, lora_parameters
-from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig
+from model import EncoderConfig, MaskedBatchNorm, SpeechConfig, SpeechLM, TextConfig
 
 # As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder, projector) and
 # granite-3.1-8b-instruct say (decoder). Parameters come to 2.31, 3.01 (as published) and 8.65 billion.
+ENCODER = EncoderConfig(num_layers=16, output_dim=256)
 SHAPES = {
     "granite-4.0-1b-speech": SpeechConfig(
-        EncoderConfig(num_layers=16, output_dim=348),
+        replace(ENCODER, output_dim=348),
         text_config=TextConfig(100353, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4),
         audio_token_index=100352,
         tie_word_embeddings=False,
     ),
-    "granite-speech-3.3-2b": SpeechConfig(EncoderConfig(num_layers=16, output_dim=256)),
-    "granite-speech-3.3-8b": SpeechConfig(
-        EncoderConfig(num_layers=16, output_dim=256),
-        text_config=TextConfig(hidden_size=4096, intermediate_size=12800),
-    ),
+    "granite-speech-3.3-2b": SpeechConfig(ENCODER),
+    "granite-speech-3.3-8b": SpeechConfig(ENCODER, text_config=TextConfig(hidden_size=4096, intermediate_size=12800)),
 }
-NARROW = SpeechConfig(
-    EncoderConfig(num_layers=2, hidden_dim=32, num_heads=2, dim_head=16),
-    ProjectorConfig(32, 2, 2, 32, encoder_hidden_size=32),
-    TextConfig(64, 32, 32, num_hidden_layers=40, num_attention_heads=2, num_key_value_heads=1),
-    audio_token_index=63,
-)
+NARROW = replace(SpeechConfig.compact(64, 42, 63), text_config=TextConfig(64, 32, 32, 40, 2, 1))
 # GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, its Ada white paper for the RTX 4090.
 GPUS = {"RTX 4090": (24, 1008, 165.2e12), "L40S": (48, 864, 362.05e12), "H100 SXM": (80, 3350, 989.4e12)}
 PROMPTS, RESPONSES, TOKENS, AUDIO, TEXT = 6, 8, 200, 15, 50
@@ -266,10 +259,9 @@ def load(config: SpeechConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         files, part, size, total = {}, {}, 0, 0
         for name, like in tqdm(state.items(), desc="writing a checkpoint"):
-            real = like.is_floating_point()
-            part[name] = (
-                torch.randn(like.shape, dtype=torch.bfloat16) if real else torch.zeros(like.shape, dtype=like.dtype)
-            )
+            part[name] = torch.zeros_like(like, device="cpu")
+            if like.is_floating_point():
+                part[name] = torch.randn(like.shape, dtype=torch.bfloat16)
             size, total = size + part[name].nbytes, total + part[name].nbytes
             if size > 2e9 or len(files) + len(part) == len(state):
                 file = f"model-{len(files):05}.safetensors"
