@@ -39,7 +39,7 @@ import leaf
 import lora
 import train
 from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
-from data import AUDIO, DataError
+from data import AUDIO, DataError, read_json
 from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig, draw
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask its hub about the base model
@@ -951,6 +951,14 @@ def test_adapters_travel_to_peft_and_back(targets, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets, lora_dropout=0.1, init_lora_weights=False)
     adapted = peft.get_peft_model(adapted.unload(), config).eval()
     adapted.save_pretrained(tmp_path / "theirs")
+    tensors, settings = (
+        [read(tmp_path / name / file) for name in ("ours", "theirs")]
+        for read, file in ((load_file, "adapter_model.safetensors"), (read_json, "adapter_config.json"))
+    )
+    assert {k: v.shape for k, v in tensors[0].items()} == {k: v.shape for k, v in tensors[1].items()}
+    for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "inference_mode"):
+        assert settings[0][key] == settings[1][key]
+    assert sorted(settings[0]["target_modules"]) == sorted(settings[1]["target_modules"])
     lora.load_adapter(again, tmp_path / "theirs")
     roughly(logits_of(again), their_logits(adapted, MEL)[1])
     assert not torch.allclose(logits_of(again), logits_of(ours), atol=1e-2)
