@@ -974,11 +974,42 @@ def test_adapter_files(tmp_path):
     lora.load_adapter(again, tmp_path)
     same(logits_of(again), logits_of(model))
     assert {layer.dropout.p for layer in lora.lora_layers(again).values()} == {0.25}
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for changed in ({"r": 4}, {"target_modules": PLAIN[:1]}, {"target_modules": PLAIN}, {"use_rslora": True}):
+    config, names = json.loads((tmp_path / "adapter_config.json").read_text()), sorted(lora.lora_layers(model))
+    theirs = ["model." + name.replace("language_model.model.", "language_model.") for name in names]
+    del config["bias"]  # older files may lack keys
+    for targets in (names, theirs):  # or name layers in full, as we or as transformers call them
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+        again = make_model()
+        assert lora.load_adapter(again, tmp_path) == targets
+        same(logits_of(again), logits_of(model))
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}}
+    lists = {"modules_to_save": ["lm_head"], "layers_to_transform": [0], "exclude_modules": ["q_proj"]}
+    switches = {"use_rslora": True, "use_dora": True, "lora_bias": True, "bias": "all", "peft_type": "IA3"}
+    wrong = {"r": 4, "target_modules": PLAIN[:1]}, {"target_modules": PLAIN}, {"target_modules": ["embed_tokens"]}
+    again = make_model()
+    for changed in (*wrong, *({k: v} for k, v in (patterns | lists | switches).items())):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changed}))
         with pytest.raises(ValueError, match=tmp_path.name):
-            lora.load_adapter(make_model(), tmp_path)
+            lora.load_adapter(again, tmp_path)
+    for key in ("r", "lora_alpha", "target_modules"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        with pytest.raises(ValueError, match="not a LoRA as PEFT writes it"):
+            lora.load_adapter(again, tmp_path)
+    assert not lora.lora_layers(again) and all(p.requires_grad for p in again.parameters())  # as it was
+
+
+def test_fold_leaves_plain_layers_rounded_once():
+    model = make_model().bfloat16().train()
+    names = shake_lora(model, ["ff1.up_proj", "q_proj"])
+    layers = {name: model.get_submodule(name) for name in names}
+    want = {n: (x.weight.float() + 4 * x.lora_B @ x.lora_A).bfloat16() for n, x in layers.items()}
+    lora.fold(model)
+    assert not lora.lora_layers(model) and not lora.lora_parameters(model)
+    for name, layer in layers.items():
+        plain = model.get_submodule(name)
+        same((plain.weight, plain.bias), (want[name], layer.bias))
+        assert type(plain) is nn.Linear and plain.training and (plain.bias is not None) == ("ff1" in name)
+    shake_lora(model)  # ready for the next
 
 
 # ---- data.py: features, BLEU, corpora, text, synthetic speech -------------------------------------------------------
@@ -1036,6 +1067,51 @@ def test_reward_and_slots_by_hand():
     assert data.slot_accuracy(["She PURCHASED seven.", "red", "reddish"], rows) == 2 / 3
     assert data.slot_accuracy(["seventy boughts", "", "a red, hat"], rows) == 1 / 3
     assert math.isnan(data.slot_accuracy(["a"], [{}]))
+
+
+def longest_common(a, b):
+    """Length of the longest common subsequence, by its definition."""
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + longest_common(a[1:], b[1:])
+    return max(longest_common(a[1:], b), longest_common(a, b[1:]))
+
+
+def test_scores():
+    """What evaluation reports, against sacrebleu and brute force."""
+    sacrebleu, rng = pytest.importorskip("sacrebleu"), random.Random(0)
+    words = "Anna anna, bought BOUGHT the über red-hot apples. apples".split()
+    texts = [[" ".join(rng.choices(words, k=rng.randint(0, 7))) for _ in range(12)] for _ in range(5)]
+    references, greedy, *passes = texts
+    references, greedy = [r or "the" for r in references], [references[0] + " ", *greedy[1:]]
+    passes[0][1] = references[1]
+    rows = [{"prompt": AUDIO + "?", "reference": r} for r in references]
+    for i, row in enumerate(rows):
+        row |= {"slots": ["Anna", "red"]} | ({"group": "odd"} if i % 2 else {})
+    swapped = rng.sample(greedy, 12)
+    got, exactly = data.scores(rows, greedy, passes, swapped), partial(pytest.approx, rel=1e-9, abs=1e-9)
+    bleu = [sacrebleu.corpus_bleu(p, [references], lowercase=True).score for p in passes]
+    assert got["BLEU greedy"] == exactly(sacrebleu.corpus_bleu(greedy, [references], lowercase=True).score)
+    assert (got["BLEU sampled"], got["BLEU sampled, std"]) == exactly((fmean(bleu), stdev(bleu)))
+    assert data.scores(rows, greedy, passes[:1], None)["BLEU sampled, std"] == 0
+    odd = sacrebleu.corpus_bleu(greedy[1::2], [references[1::2]], lowercase=True).score
+    assert got["BLEU greedy, odd"] == exactly(odd) and "slots heard %" not in data.scores(rows, greedy, passes, None)
+    assert got["exact match %"] == exactly(100 / 12) and got["exact match sampled %"] == exactly(100 / 36)
+    f1 = []
+    for answer, reference in zip(sum(passes, []), references * 3):
+        a, b = (re.sub(r"[.,-]", " ", text.lower()).split() for text in (answer, reference))
+        f1.append(2 * longest_common(a, b) / (len(a) + len(b)))
+    assert got["ROUGE-L sampled"] == exactly(100 * fmean(f1)) and 0 < min(filter(None, f1)) < max(f1) == 1
+    rewards = [sacrebleu.sentence_bleu(a, [r]).score for a, r in zip(sum(passes, []), references * 3)]
+    assert got["mean reward x100"] == exactly(fmean(rewards))
+    for name, answers in (
+        ("slots heard %", greedy),
+        ("slots, audio swapped %", swapped),
+        ("slots, chance %", [references[j] for j in data.swap(rows)]),
+    ):
+        hits = [slot in re.findall(r"\w+", a.lower()) for a in answers for slot in ("anna", "red")]
+        assert got[name] == exactly(100 * fmean(hits))
 
 
 def write_tone(path, seconds, rate, channels=1):
@@ -1652,6 +1728,7 @@ def test_the_readmes_way_into_transformers(released, tmp_path):
         assert not torch.allclose(causal(ours, prompts.x), logits, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
     """In any of the three places; without a system prompt the date is a fixed one; a template cannot reach out."""
     folder, processor, _ = released
@@ -1674,7 +1751,20 @@ def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
         word = {"tokenizer_config.json": "Today", "chat_template.json": "Now", "chat_template.jinja": "It"}[file]
         assert re.match(rf"<.start_of_role.>system<.end_of_role.>{word} is \d\d \w+ \d{{4}}\.<.end_of_text.>\n", text())
         assert text().endswith(f"{AUDIO}?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>")
+    for changed in ({"eos_token": None}, {"eos_token": "<|nowhere|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | changed))
+        with pytest.raises(DataError, match="no eos_token"):
+            data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"eos_token": {"content": "<|end_of_text|>"}})
+    )
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message | tojson }}{% break %}{% endfor %}\n  {% if add_generation_prompt %}\n"
+        "{{ eos_token }}{% endif %}"
+    )
+    assert text() == '{"role": "user", "content": "' + AUDIO + '?"}<|end_of_text|>'
     for template, error in (
+        ("{{ messages[-1].content * 2 }}", "without one"),
         ("{{ raise_exception('no audio here') }}", "no audio here"),
         ("{{ messages[-1].content }}", "no place for a system prompt"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
@@ -2057,7 +2147,7 @@ def test_an_encoder_with_lora_is_trained_and_never_heard_stale(first_run, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_path):
+def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_path, monkeypatch):
     """--init with its chat and its LoRA merged; a run that was stopped; --resume-adapter; --eval-only on both."""
     folder, _, _ = released
     corpus = write_corpus(tmp_path / "tones")
@@ -2089,6 +2179,28 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
     assert len(rows) == 6 and all(len(row["sampled"]) == 2 for row in rows)
     assert [row["reference"] for row in rows] == [f"Tone {'abc'[i % 3]} it is." for i in range(6)]
 
+    # Its settings are the run's unless given; a checkpoint without --out has a folder of its own.
+    train.main(
+        ["--eval-only", "--out", str(tmp_path / "whole"), "--device", "cpu", "--test-rows", "3", "--eval-passes", "1"]
+    )
+    some = json.loads((tmp_path / "whole" / "evaluation-tones.json").read_text())
+    assert (some["test_rows"], some["config"]["eval_passes"], some["config"]["lora_r"]) == (3, 1, 4)
+    monkeypatch.chdir(tmp_path)
+    calls, sample = [], SpeechLM.sample
+
+    def recording(self, prompts, noise, eos_id, *how):
+        calls.append((how, noise.sum().item()))
+        return sample(self, prompts, noise, eos_id, *how)
+
+    monkeypatch.setattr(SpeechLM, "sample", recording)
+    train.main([*command, "--eval-only", "--eval-passes", "3", "--resume-adapter", str(tmp_path / "whole" / "adapter")])
+    monkeypatch.setattr(SpeechLM, "sample", sample)
+    again = json.loads((tmp_path / "runs" / "tones-evaluation" / "evaluation-tones.json").read_text())
+    assert again["BLEU greedy"] == trained["BLEU greedy"] and again["exact match %"] == trained["exact match %"]
+    assert [how for how, _ in calls] == [(0.0, 1.0)] + [(0.9, 0.9)] * 3 and len(set(calls)) == 4  # each its own noise
+    greedy = [json.loads(x)["greedy"] for x in (tmp_path / "runs/tones-evaluation/predictions-tones.jsonl").open()]
+    assert greedy == [row["greedy"] for row in rows]
+
     # An adapter goes on from where it was, with its own settings.
     train.main([*command, "--resume-adapter", str(tmp_path / "whole" / "adapter"), "--lora-r", "9", "--lr", "0",
                 "--out", str(tmp_path / "more"), "--eval-passes", "2"])  # fmt: skip
@@ -2102,11 +2214,14 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
     # Mistakes get one line.
     for flags, words in (
         (["--init", str(corpus)], "no folder with a checkpoint"),
+        (["--eval-only", "--init", "", "--out", str(tmp_path / "z")], "no finished run"),
         (["--lora-targets", "nothing", "--out", str(tmp_path / "x")], "no linear layer matches"),
         (["--resume-adapter", str(first_run / "adapter"), "--out", str(tmp_path / "y")], "does not fit the model"),
     ):
         with pytest.raises(data.UserError, match=words):
             train.main([*command, *flags])
+    with pytest.raises(SystemExit):
+        train.main([*command, "--base", str(tmp_path / "b")])
 
 
 def test_order_and_swap():
