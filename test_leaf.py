@@ -754,6 +754,33 @@ def test_bfloat16():
     assert len(scored.unique()) > 200  # of 288; rounded to bfloat16's 8 bits they would coincide
 
 
+@pytest.mark.parametrize(
+    "ours, others",
+    [
+        ("encoder.out.bias", ["model.encoder.out.bias"]),
+        ("projector.query", ["model.projector.query"]),
+        ("language_model.lm_head.weight", ["lm_head.weight"]),
+        (
+            "language_model.model.norm.weight",
+            [
+                "model.language_model.norm.weight",
+                "language_model.model.model.norm.weight",
+            ],  # the second: transformers 5.20
+        ),
+        (
+            "language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            [
+                "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight",
+                "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            ],
+        ),
+    ],
+)
+def test_names(ours, others):
+    assert [lora.released_name(name) for name in (ours, *others)] == [ours] * (1 + len(others))
+    assert "lm_head" in ours or lora.released_name(lora.transformers_name(ours)) == ours
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_model_files(seed, tmp_path):
     """What we save, we load; and under the names that tensors have in transformers' memory."""
@@ -766,6 +793,13 @@ def test_model_files(seed, tmp_path):
     assert all(p.requires_grad for p in again.parameters())
     half = SpeechLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.state_dict().values()} == {torch.bfloat16, torch.int64}
+    half.save(tmp_path)
+    same(SpeechLM.from_pretrained(tmp_path).state_dict(), half.state_dict())  # as stored
+    tied = {part: config[part] for part in ("encoder_config", "projector_config", "text_config")}
+    for value, want in (({}, True), ({"tie_word_embeddings": False}, False)):  # 3.3 says it in text_config alone
+        text = {"text_config": tied["text_config"] | value}
+        assert SpeechConfig.from_dict(tied | text).tie_word_embeddings == want
+        assert not SpeechConfig.from_dict(tied | text | {"tie_word_embeddings": False}).tie_word_embeddings
     in_memory = {
         n.replace("language_model.lm_head", "lm_head")
         if "lm_head" in n
@@ -1749,7 +1783,7 @@ def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
     ):
         (tmp_path / file).write_text(content)
         word = {"tokenizer_config.json": "Today", "chat_template.json": "Now", "chat_template.jinja": "It"}[file]
-        assert re.match(rf"<.start_of_role.>system<.end_of_role.>{word} is \d\d \w+ \d{{4}}\.<.end_of_text.>\n", text())
+        assert re.match(rf"<.start_of_role.>system<.end_of_role.>{word} is 09 April 2025\.<.end_of_text.>\n", text())
         assert text().endswith(f"{AUDIO}?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>")
     for changed in ({"eos_token": None}, {"eos_token": "<|nowhere|>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | changed))
@@ -1774,6 +1808,12 @@ def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(DataError, match=error):
             text("Be brief." if "system" in error else "")
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["added_tokens"] = [token for token in tokens["added_tokens"] if token["content"] != AUDIO]
+    del tokens["model"]["vocab"][AUDIO]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(DataError, match=re.escape(f"no {AUDIO}")):
+        data.load_tokenizer(tmp_path)
 
 
 # ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------
@@ -1873,6 +1913,19 @@ def test_kill_9_at_any_moment_loses_nothing(where, first_run, tmp_path):
     train.main([*TINY, "--out", str(tmp_path / "run")])
     assert_same_run(first_run, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("saving-*"))
+
+
+def test_evaluation_swaps_the_audio(first_run, tmp_path, monkeypatch):
+    heard, batch = [], data.Split.batch
+
+    def listening(self, model, indices, sounds_of=None):
+        heard.append((indices, sounds_of))
+        return batch(self, model, indices, sounds_of)
+
+    monkeypatch.setattr(data.Split, "batch", listening)
+    rows = synthetic.rows("qa", {"train": 24, "validation": 4, "test": 6}, 0)["test"]
+    train.main(["--eval-only", "--out", str(first_run), "--device", "cpu"])
+    assert heard == [(list(range(6)), None)] * 2 + [(list(range(6)), data.swap(rows))]
 
 
 def test_metrics_say_what_to_watch(first_run):
@@ -2093,8 +2146,14 @@ def write_corpus(folder, transcripts=True, rows=12):
 @pytest.mark.parametrize("transcripts", [True, False])
 def test_a_corpus_of_ones_own(transcripts, tmp_path, capsys):
     corpus = write_corpus(tmp_path / "tones", transcripts)
-    train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / "run")])
+    train.main([*TINY, "--train-rows", "2", "--data", str(corpus), "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
+    assert "tones: 12 train, 4 validation, 6 test rows" in out  # the first is not limited
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    before, after = results["base"]["mean reward x100"], results["trained"]["mean reward x100"]
+    assert f"mean reward x100 {before:15.2f} {after:9.2f} {after - before:+11.2f}".split() == next(
+        line.split() for line in out.splitlines() if line.startswith("mean reward")
+    )
     assert ("CTC is skipped" in out) != transcripts and ("BLEU greedy, g" in out) == transcripts
     assert (tmp_path / "base-tones-seed0" / "ctc.jsonl").exists() == transcripts
     train.main(["--ask", str(corpus / "test0.wav"), "Which tone?", "--out", str(tmp_path / "run"), "--device", "cpu"])
@@ -2147,9 +2206,10 @@ def test_an_encoder_with_lora_is_trained_and_never_heard_stale(first_run, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_path, monkeypatch):
+def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_path, monkeypatch, capsys):
     """--init with its chat and its LoRA merged; a run that was stopped; --resume-adapter; --eval-only on both."""
     folder, _, _ = released
+    monkeypatch.setattr(data, "reward", by_letters)
     corpus = write_corpus(tmp_path / "tones")
     command = [
         *TINY,
@@ -2161,6 +2221,8 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
         SUFFIXES,
         "--system-prompt",
         "Hm.",
+        "--lr",
+        "0.05",
     ]
     train.main([*command, "--out", str(tmp_path / "whole"), "--eval-passes", "2"])
     assert {"base-tones-seed0", "whole-training"}.isdisjoint(p.name for p in tmp_path.iterdir())
@@ -2178,6 +2240,25 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 6 and all(len(row["sampled"]) == 2 for row in rows)
     assert [row["reference"] for row in rows] == [f"Tone {'abc'[i % 3]} it is." for i in range(6)]
+
+    # What was answered is what the model says, with the adapter on the right base.
+    cfg = train.Config(init=str(folder), system_prompt="Hm.", max_new_tokens=8)
+    test = data.Split("test", data.load_corpus(corpus, 30.0, False, ("test",))["test"][:6], 1.0)
+    for adapter_folder, file in (("", "base"), (tmp_path / "whole" / "adapter", "trained")):
+        model, tokenizer = train.load(cfg, torch.device("cpu"), torch.float32, adapter_folder)
+        assert tokenizer.system[0]["content"] == "Hm." and not any(m.training for m in model.modules())
+        test.frames = None  # of the other model
+        test.project(model, tokenizer)
+        lines = (tmp_path / "whole" / f"predictions-{file}.jsonl").read_text().splitlines()
+        greedy = [json.loads(line)["greedy"] for line in lines]
+        assert greedy == train.answer(model, tokenizer, test, cfg)
+        train.main(
+            ["--ask", str(corpus / "test0.wav"), "Which tone?", "--out", str(tmp_path / "whole"), "--device", "cpu"]
+        )
+        assert (capsys.readouterr().out.rstrip("\n").endswith(greedy[0].rstrip("\n"))) == (file == "trained")
+    same(test.batch(model, [2, 0], [0, 2]).x, test.batch(model, [0, 2]).x[[0, 1]])  # one question; the other's audio
+    half, _ = train.load(cfg, torch.device("cpu"), torch.bfloat16)
+    assert half.dtype == half.projector.query.dtype == torch.bfloat16
 
     # Its settings are the run's unless given; a checkpoint without --out has a folder of its own.
     train.main(
@@ -2200,6 +2281,9 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
     assert [how for how, _ in calls] == [(0.0, 1.0)] + [(0.9, 0.9)] * 3 and len(set(calls)) == 4  # each its own noise
     greedy = [json.loads(x)["greedy"] for x in (tmp_path / "runs/tones-evaluation/predictions-tones.jsonl").open()]
     assert greedy == [row["greedy"] for row in rows]
+    (corpus / "train.jsonl").rename(corpus / "kept")  # only the test split is asked for
+    train.main(["--eval-only", "--out", str(tmp_path / "whole"), "--device", "cpu", "--eval-passes", "1"])
+    (corpus / "kept").rename(corpus / "train.jsonl")
 
     # An adapter goes on from where it was, with its own settings.
     train.main([*command, "--resume-adapter", str(tmp_path / "whole" / "adapter"), "--lora-r", "9", "--lr", "0",
