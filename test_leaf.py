@@ -869,6 +869,15 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     assert size > 200e6 and 0.9 < int(grown) / size < 1.3, int(grown) / size
 
 
+def test_a_lora_in_the_folder_belongs_to_the_checkpoint(tmp_path):
+    """Whatever config.json says of it, as in transformers."""
+    model = make_model()
+    model.save(tmp_path)
+    shake_lora(model, ["q_proj"])
+    lora.save_adapter(model, tmp_path, ["q_proj"])
+    roughly(logits_of(SpeechLM.from_pretrained(tmp_path).eval()), logits_of(model))
+
+
 # ---- lora.py: adapters, the switch, PEFT's files --------------------------------------------------------------------
 PLAIN, MEL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], randn(2, 20, 160)
 
@@ -1816,6 +1825,41 @@ def test_chat_templates_are_found_and_kept_in_their_sandbox(released, tmp_path):
         data.load_tokenizer(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_chat_templates_get_what_transformers_gives_them(released, tmp_path):
+    """White space, loop controls, tojson, special tokens; the date is fixed."""
+    folder, processor, _ = released
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    special = {"content": "<|end_of_text|>", "lstrip": False, "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": special, "bos_token": "<|end_of_role|>"}))
+    chat = [{"role": "user", "content": AUDIO + "<é> & 'x'"}]
+    for template in (
+        "  {% for m in messages %}\n  {{ bos_token }}{{ m.content }}\n  {% endfor %}\n{{ eos_token }}",
+        "{% for x in 'abc' %}{% if x == 'b' %}{% break %}{% endif %}{{ x }}{% endfor %}{{ messages | tojson }}",
+        "{{ messages[0] | tojson(indent=2) }}",
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        text = processor.tokenizer.apply_chat_template(
+            chat, chat_template=template, tokenize=False, eos_token="<|end_of_text|>", bos_token="<|end_of_role|>"
+        )
+        assert data.load_tokenizer(tmp_path).encode_prompt(chat[0]["content"]) == processor.tokenizer(text).input_ids
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.pieces([tokenizer.eos_id, tokenizer.audio_id]) == ["<|end_of_text|>", AUDIO]
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + AUDIO)
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.tokenizer.decode(tokenizer.encode_prompt("")) == "09 April 2025"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ messages[0].content }}")
+    with pytest.raises(DataError, match="without one"):
+        data.load_tokenizer(tmp_path).encode_prompt(AUDIO)
+    for settings, old in (({}, ""), ({"eos_token": "</s>"}, ""), ({"eos_token": special}, AUDIO)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        if old:
+            file = tmp_path / "tokenizer.json"
+            file.write_text(file.read_text(encoding="utf-8").replace(old, "<|other|>"), encoding="utf-8")
+        with pytest.raises(DataError, match="no eos_token"):
+            data.load_tokenizer(tmp_path)
+
+
 # ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------
 TINY = """
     --train-rows 24 --validation-rows 4 --test-rows 6 --ctc-steps 3 --sft-steps 4 --base-batch 4 --steps 4 --prompts 4
@@ -2306,6 +2350,47 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
             train.main([*command, *flags])
     with pytest.raises(SystemExit):
         train.main([*command, "--base", str(tmp_path / "b")])
+
+
+def test_which_model_is_meant(first_run, tmp_path, monkeypatch):
+    """A run by its --out, wherever one stands; a checkpoint otherwise."""
+    monkeypatch.chdir(tmp_path)
+    own = str(first_run / "adapter")
+    checkpoint, _ = train.parse(["--eval-only", "--init", "ck", "--data", "d"])
+    assert (checkpoint.init, checkpoint.resume_adapter, str(checkpoint.run_folder)) == ("ck", "", "runs/d-evaluation")
+    base, _ = train.parse(["--eval-only", "--base", base_of(first_run)])
+    assert (base.base, base.resume_adapter, base.out) == (base_of(first_run), "", "runs/qa-evaluation")
+    for flags in (["--out", str(first_run)], ["--out", str(first_run), "--base", base_of(first_run)]):
+        for action in (["--eval-only"], ["--ask", "x.wav", "What?"]):
+            cfg, _ = train.parse([*action, *flags])
+            assert cfg.resume_adapter == own and cfg.lora_r == 4 and cfg.base_folder.samefile(base_of(first_run))
+    for flags in (["--eval-only"], ["--ask", "x.wav", "?", "--init", "ck"], ["--ask", "x.wav", "?", "--base", "b"]):
+        with pytest.raises(data.UserError, match="no finished run"):
+            train.parse(flags)
+    with pytest.raises(SystemExit):
+        train.parse(["--init", "a", "--base", "b"])
+    config = json.loads((first_run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base_of(first_run)
+    seen, ours = [], train.answer
+    monkeypatch.setattr(train, "answer", lambda model, *rest: seen.append(model) or ours(model, *rest))
+    train.main(["--ask", str(first_run / "example.wav"), "What?", "--out", str(first_run), "--device", "cpu"])
+    assert all(layer.lora_B.any() for layer in lora.lora_layers(seen[0]).values()) and lora.lora_layers(seen[0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_on_a_checkpoint_is_found_from_elsewhere(released, tmp_path, monkeypatch):
+    """Its checkpoint by the run folder and not by the working directory; no split but test is needed."""
+    folder, _, _ = released
+    os.symlink(folder, tmp_path / "ck")
+    corpus = write_corpus(tmp_path / "tones")
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--init", "ck", "--data", str(corpus), "--out", "run", "--steps", "1", "--eval-every", "0"])
+    (corpus / "train.jsonl").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--eval-only", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    results, again = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("results", "evaluation-tones"))
+    assert all(again[name] == value for name, value in results["trained"].items())
 
 
 def test_order_and_swap():
