@@ -212,7 +212,7 @@ def slot_accuracy(answers: list[str], rows: list[dict]) -> float:
 
 def rouge_l(answer: str, reference: str) -> float:
     """0..1: F1 of the longest common subsequence of words (Lin 2004), lower case, without punctuation or stemming."""
-    a, b = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, reference))
     longest = [0] * (len(b) + 1)  # of the words of the answer so far and the first j of the reference
     for word in a:
         diagonal = 0
@@ -411,13 +411,15 @@ class ChatTokenizer:
         settings = {}
         if (folder / "tokenizer_config.json").exists():
             settings = read_json(folder / "tokenizer_config.json")
+        read_json(folder / "tokenizer.json")  # there, and JSON
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation(), self.tokenizer.no_padding()  # the file may hold both, from somebody's training
         self.audio_id = self.tokenizer.token_to_id(AUDIO)
         self.special = {}  # what templates may ask for, as transformers hands it to them
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = settings.get(name)
-            self.special[name] = token["content"] if isinstance(token, dict) else token
-        self.eos_id = self.tokenizer.token_to_id(self.special["eos_token"] or "")
+            if token := settings.get(name):
+                self.special[name] = token["content"] if isinstance(token, dict) else token
+        self.eos_id = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
         if self.eos_id is None or self.audio_id is None:
             raise DataError(f"{folder}: no eos_token in tokenizer_config.json, or no {AUDIO} in tokenizer.json")
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []

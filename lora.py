@@ -73,8 +73,9 @@ def apply_lora(model: nn.Module, targets=DECODER_TARGETS, r: int = 64, alpha: fl
     if lora_layers(model):
         raise ValueError("the model already has LoRA adapters")
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_target(n, targets)]
-    if not names:
-        raise ValueError(f"no linear layer matches the LoRA targets {targets!r}")
+    for target in [targets] if isinstance(targets, str) else [[t] for t in targets] or [[]]:
+        if not any(is_target(name, target) for name in names):
+            raise ValueError(f"no linear layer matches {target!r} of the LoRA targets {targets!r}")
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
@@ -143,7 +144,8 @@ def released_name(name: str) -> str:
 
 def transformers_name(name: str) -> str:
     """The name of one of our modules in transformers 5."""
-    return "model." + name.replace("language_model.model.", "language_model.")
+    name = "model." + name.replace("language_model.model.", "language_model.")
+    return name.replace("model.language_model.lm_head", "lm_head")
 
 
 def read_tensors(files: list[Path], wanted: dict[str, tuple], device="cpu", dtype=None) -> dict[str, torch.Tensor]:
@@ -196,6 +198,7 @@ def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layer = next(iter(lora_layers(model).values()))
+    theirs = {name: transformers_name(name) for name in lora_layers(model)}  # for targets that are whole names
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -203,7 +206,7 @@ def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = 
         "r": layer.r,
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout.p,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "target_modules": targets if isinstance(targets, str) else [theirs.get(t, t) for t in targets],
         "bias": "none",
         "inference_mode": True,
     }
@@ -223,6 +226,8 @@ def load_adapter(model: nn.Module, folder):
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     refused = [key for key in UNSUPPORTED if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        refused.append("init_lora_weights")  # these change the weights of the base, too
     if refused or config.get("peft_type") != "LORA" or not {"r", "lora_alpha", "target_modules"} <= config.keys():
         what = f"{', '.join(refused)} not supported here" if refused else "not a LoRA as PEFT writes it"
         raise ValueError(f"{folder / 'adapter_config.json'}: {what}")

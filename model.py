@@ -463,8 +463,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits in float32; log-softmax in bf16 would lose what the importance ratio is made of."""
-        weight = self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
-        return F.linear(hidden, weight).float() / self.model.config.logits_scaling
+        logits = self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.model.embed_tokens.weight)
+        return logits.float() / self.model.config.logits_scaling
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,12 +643,12 @@ class SpeechLM(nn.Module):
         try:
             with torch.device("meta"):
                 model = cls(SpeechConfig.from_dict(config))
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / 'config.json'} is of no model that this code knows: {error!r}") from None
         index = folder / "model.safetensors.index.json"
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        tensors = read_tensors([folder / file for file in sorted(files)], wanted, device, dtype)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        tensors = read_tensors([folder / file for file in sorted(files)], shapes, device, dtype)
         model.load_state_dict(tensors, assign=True)
         if (folder / "adapter_config.json").exists():
             load_adapter(model, folder)

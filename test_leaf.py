@@ -961,8 +961,8 @@ def test_lora_targets():
     assert sorted(names) == sorted(f"language_model.model.layers.{i}.{places[p]}.{p}" for i, p in layers)
     more = set(shake_lora(make_model(), PLAIN)) - set(names)
     assert more == {f"encoder.layers.{i}.{f}.{p}" for i in range(3) for f in ("ff1", "ff2") for p in PLAIN[5:]}
-    assert shake_lora(make_model(), ["proj"] + names[:1]) == names[:1]  # whole parts of a name only
-    for nothing in (["nope"], "q_proj", r".*layers\.7.*", []):
+    assert shake_lora(make_model(), names[:1]) == names[:1]
+    for nothing in (["nope"], ["proj"], "q_proj", r".*layers\.7.*", []):
         with pytest.raises(ValueError, match="LoRA targets"):
             lora.apply_lora(model, nothing)
     assert all(p.requires_grad for p in model.parameters())
@@ -1053,6 +1053,36 @@ def test_fold_leaves_plain_layers_rounded_once():
         same((plain.weight, plain.bias), (want[name], layer.bias))
         assert type(plain) is nn.Linear and plain.training and (plain.bias is not None) == ("ff1" in name)
     shake_lora(model)  # ready for the next
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"],
+                                     ["language_model.model.layers.1.self_attn.q_proj", "ff1.up_proj"]])  # fmt: skip
+def test_every_target_counts_here_and_in_peft(targets, tmp_path):
+    peft, theirs = pytest.importorskip("peft"), make_transformers(0, tmp_path / "base")
+    ours = SpeechLM.from_pretrained(tmp_path / "base").eval()
+    base, _ = logits_of(ours), shake_lora(ours, targets)
+    assert not torch.allclose(base, logits_of(ours), atol=1e-2)
+    lora.save_adapter(ours, tmp_path / "ours", targets, base=str(tmp_path / "base"))
+    roughly(their_logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval(), MEL)[1], logits_of(ours))
+
+
+def test_targets_without_a_layer_are_refused():
+    for targets in (["q_proj", "vproj"], ["decoder", "out"]):
+        with pytest.raises(ValueError, match="LoRA targets"):
+            lora.apply_lora(make_model(), targets)
+
+
+def test_adapters_that_changed_their_base_are_refused(tmp_path):
+    model = make_model()
+    shake_lora(model)
+    lora.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for init in ("pissa", "pissa_niter_4", "olora", "corda"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
+        with pytest.raises(ValueError, match="init_lora_weights"):
+            lora.load_adapter(make_model(), tmp_path)
 
 
 # ---- data.py: features, BLEU, corpora, text, synthetic speech -------------------------------------------------------
@@ -1860,6 +1890,22 @@ def test_chat_templates_get_what_transformers_gives_them(released, tmp_path):
             data.load_tokenizer(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_tokenizer_neither_cuts_nor_pads_nor_says_none(released, tmp_path):
+    folder, _, _ = released
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {"strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                            "pad_type_id": 0, "pad_token": "<|end_of_text|>"}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>", "bos_token": null}')
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    ours = data.load_tokenizer(tmp_path)
+    assert ours.tokenizer.decode(ours.encode_prompt(AUDIO + "What happened?"), skip_special_tokens=False) == (
+        AUDIO + "What happened?"
+    )
+
+
 # ---- train.py: resuming, the loop, bad input ------------------------------------------------------------------------
 TINY = """
     --train-rows 24 --validation-rows 4 --test-rows 6 --ctc-steps 3 --sft-steps 4 --base-batch 4 --steps 4 --prompts 4
@@ -2320,10 +2366,13 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(released, first_run, tmp_
     monkeypatch.setattr(SpeechLM, "sample", recording)
     train.main([*command, "--eval-only", "--eval-passes", "3", "--resume-adapter", str(tmp_path / "whole" / "adapter")])
     monkeypatch.setattr(SpeechLM, "sample", sample)
-    again = json.loads((tmp_path / "runs" / "tones-evaluation" / "evaluation-tones.json").read_text())
+    again = json.loads((tmp_path / "runs" / f"tones-{folder.name}-evaluation" / "evaluation-tones.json").read_text())
     assert again["BLEU greedy"] == trained["BLEU greedy"] and again["exact match %"] == trained["exact match %"]
     assert [how for how, _ in calls] == [(0.0, 1.0)] + [(0.9, 0.9)] * 3 and len(set(calls)) == 4  # each its own noise
-    greedy = [json.loads(x)["greedy"] for x in (tmp_path / "runs/tones-evaluation/predictions-tones.jsonl").open()]
+    greedy = [
+        json.loads(x)["greedy"]
+        for x in (tmp_path / f"runs/tones-{folder.name}-evaluation/predictions-tones.jsonl").open()
+    ]
     assert greedy == [row["greedy"] for row in rows]
     (corpus / "train.jsonl").rename(corpus / "kept")  # only the test split is asked for
     train.main(["--eval-only", "--out", str(tmp_path / "whole"), "--device", "cpu", "--eval-passes", "1"])
@@ -2357,9 +2406,13 @@ def test_which_model_is_meant(first_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = str(first_run / "adapter")
     checkpoint, _ = train.parse(["--eval-only", "--init", "ck", "--data", "d"])
-    assert (checkpoint.init, checkpoint.resume_adapter, str(checkpoint.run_folder)) == ("ck", "", "runs/d-evaluation")
+    assert (checkpoint.init, checkpoint.resume_adapter, str(checkpoint.run_folder)) == (
+        "ck",
+        "",
+        "runs/d-ck-evaluation",
+    )
     base, _ = train.parse(["--eval-only", "--base", base_of(first_run)])
-    assert (base.base, base.resume_adapter, base.out) == (base_of(first_run), "", "runs/qa-evaluation")
+    assert (base.base, base.resume_adapter, base.out) == (base_of(first_run), "", "runs/qa-base-qa-seed0-evaluation")
     for flags in (["--out", str(first_run)], ["--out", str(first_run), "--base", base_of(first_run)]):
         for action in (["--eval-only"], ["--ask", "x.wav", "What?"]):
             cfg, _ = train.parse([*action, *flags])
@@ -2391,6 +2444,27 @@ def test_a_run_on_a_checkpoint_is_found_from_elsewhere(released, tmp_path, monke
     train.main(["--eval-only", "--out", str(tmp_path / "run"), "--device", "cpu"])
     results, again = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("results", "evaluation-tones"))
     assert all(again[name] == value for name, value in results["trained"].items())
+
+
+def test_a_run_is_evaluated_with_what_it_learned(first_run, tmp_path):
+    """Its own command with --eval-only, --resume-adapter included, means the run; unfinished, it is refused."""
+    command = [*TINY, "--base", base_of(first_run), "--resume-adapter", str(first_run / "adapter")]
+    cfg, _ = train.parse([*command, "--out", str(first_run), "--eval-only"])
+    assert cfg.resume_adapter == str(first_run / "adapter")
+    cfg, _ = train.parse([*command[:-1], "elsewhere", "--out", str(first_run), "--eval-only"])
+    assert cfg.resume_adapter == str(first_run / "adapter")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(data.UserError, match="unfinished"):
+        train.parse([*command, "--out", str(tmp_path), "--eval-only"])
+    outs = {train.parse(["--eval-only", "--init", ck, "--data", "d"])[0].out for ck in ("a", "b")}
+    assert len(outs) == 2  # the second checkpoint's figures do not replace the first's
+
+
+def test_a_moved_base_gets_one_line(first_run, tmp_path):
+    with pytest.raises(data.UserError, match=r"tokenizer.json"):
+        train.main(
+            ["--ask", "x.wav", "?", "--out", str(first_run), "--base", str(tmp_path / "gone"), "--device", "cpu"]
+        )
 
 
 def test_order_and_swap():

@@ -107,7 +107,7 @@ class Config:
     cache_gb: float = flag(1.0, "memory for each cache of features, encoder frames and audio embeddings")
 
     # May change between a run and its resumption; everything else is what the run is.
-    FREE = ("out", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
+    FREE = ("out", "init", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
     # What the base model depends on
     BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps", "sft_lr", "base_batch")
 
@@ -211,8 +211,7 @@ def train_base(cfg: Config, train: data.Split, work: Path, device):
     tokenizer, alphabet = data.Tokenizer(work / "tokenizer.model"), data.Alphabet.of(train.rows)
     config = SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
     model = SpeechLM(config).init_weights(cfg.base_seed).to(device)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"training a base model: {size:,} parameters, vocabulary {tokenizer.vocab_size}")
+    print(f"training a base model of {sum(p.numel() for p in model.parameters()):,} parameters")
 
     transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
     spoken = [i for i, label in enumerate(transcripts) if label]
@@ -294,6 +293,9 @@ def load(cfg: Config, device, dtype, adapter=""):
         model = SpeechLM.from_pretrained(cfg.base_folder, device, dtype)
         if adapter:
             load_adapter(model, adapter)
+        if tokenizer.audio_id != model.config.audio_token_index:
+            raise ValueError(f"{cfg.base_folder}: config.json's audio_token_index is not {data.AUDIO} of its tokenizer")
+        tokenizer.encode_prompt(data.AUDIO + "?")  # a chat template that fails must fail now
     except ValueError as error:
         raise data.UserError(str(error)) from None
     return model.eval(), tokenizer
@@ -305,7 +307,7 @@ def adapt(cfg: Config, model):
     try:
         if cfg.resume_adapter:
             return load_adapter(model, cfg.resume_adapter)
-        targets = DECODER_TARGETS if cfg.lora_targets == "decoder" else cfg.lora_targets.split(",")
+        targets = DECODER_TARGETS if cfg.lora_targets == "decoder" else cfg.lora_targets.replace(" ", "").split(",")
         apply_lora(model, targets, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
         return targets
     except ValueError as error:
@@ -332,11 +334,11 @@ def answer(model, tokenizer, split, cfg: Config, temperature=0.0, top_p=1.0, see
 
 def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path) -> dict:
     """The figures of data.scores on a split, each explained in the README; what was answered goes to predictions."""
-    rows, other = split.rows, data.swap(split.rows)
-    greedy = answer(model, tokenizer, split, cfg)
+    rows, greedy = split.rows, answer(model, tokenizer, split, cfg)
     bar = tqdm(range(cfg.eval_passes), desc="sampled passes over the test split", leave=False, disable=None)
     passes = [answer(model, tokenizer, split, cfg, 0.9, 0.9, (cfg.base_seed, 3, p)) for p in bar]
-    swapped = answer(model, tokenizer, split, cfg, swapped=other) if any("slots" in row for row in rows) else None
+    other = data.swap(rows) if any("slots" in row for row in rows) else None
+    swapped = other and answer(model, tokenizer, split, cfg, swapped=other)
     result = data.scores(rows, greedy, passes, swapped)
     with open(predictions, "w", encoding="utf-8") as file:
         for row, one, *sampled in zip(rows, greedy, *passes):
@@ -562,8 +564,8 @@ def finished(folder: Path, given: dict) -> Config:
     saved = data.read_json(folder / "config.json")
     kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     kept["data"] = data.read_json(folder / "results.json")["config"]["data"]
-    kept["init" if saved.get("init") else "base"] = os.path.normpath(folder / saved["base"])
-    return Config(**{**kept, "resume_adapter": str(folder / "adapter"), **given})
+    kept["base"] = os.path.normpath(folder / saved["base"])
+    return Config(**{**kept, **given, "resume_adapter": str(folder / "adapter")})  # its own, wherever it began
 
 
 def parse(argv):
@@ -591,8 +593,10 @@ def parse(argv):
         parser.error("--init and --base exclude each other")
     cfg = Config(**given)
     if actions["eval_only"] and (cfg.init or cfg.base):  # a checkpoint is meant, unless --out is a run
-        cfg.out = cfg.out or f"runs/{cfg.name}-evaluation"
+        cfg.out = cfg.out or f"runs/{cfg.name}-{cfg.base_folder.resolve().name}-evaluation"
     use_run = (cfg.run_folder / "results.json").exists() or not (cfg.init or cfg.base)
+    if actions["eval_only"] and not use_run and (cfg.run_folder / "config.json").exists():
+        raise data.UserError(f"{cfg.run_folder} holds an unfinished run: train it to its end, or choose another --out")
     if actions["ask"] or actions["eval_only"] and use_run:
         cfg = finished(cfg.run_folder, given)
     for f in fields(Config):
@@ -644,9 +648,8 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         print(f"note: {base_folder} was trained on other rows, which may hold some of this test split")
     model, tokenizer = load(cfg, device, dtype)
     targets = adapt(cfg, model)
-    frozen = all(name.startswith("language_model.") for name in lora_layers(model))
     for split in splits.values():
-        split.project(model, tokenizer, frozen)
+        split.project(model, tokenizer, frozen=all(name.startswith("language_model.") for name in lora_layers(model)))
 
     # Measure it.
     with lora_disabled(model):
