@@ -88,6 +88,20 @@ def lock(folder: Path, wait: bool):
     return handle
 
 
+def check_same(folder: Path, settings: dict, file: str):
+    """A folder belongs to one configuration: another is refused with the difference shown, a new folder takes it."""
+    path = folder / file
+    if {p.name for p in folder.iterdir()} <= {file, "lock", "tokenizer.model"}:  # nothing was done here yet
+        return write_json(path, settings)
+    there = read_json(path)
+    different = [f"  {k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
+    if different:
+        raise UserError(
+            f"{folder} belongs to another configuration:\n" + "\n".join(different) + "\nChange the flags back, "
+            f"choose another folder with {'--base' if file == 'base.json' else '--out'}, or remove this one"
+        )
+
+
 @contextlib.contextmanager
 def stop_requests():
     """Inside, Ctrl-C and SIGTERM are noted for the loop to save and leave; a second one stops at once."""
@@ -273,6 +287,13 @@ def scores(rows: list[dict], greedy: list[str], passes: list[list[str]], swapped
         pairs = [greedy[i] for i in chosen], [references[i] for i in chosen]
         result[f"BLEU greedy, {group}"] = corpus_bleu(*pairs, lowercase=True)
     return {name: float(value) for name, value in result.items()}
+
+
+def write_predictions(path: Path, rows: list[dict], greedy: list[str], passes: list[list[str]]):
+    with open(path, "w", encoding="utf-8") as file:
+        for row, one, *sampled in zip(rows, greedy, *passes):
+            line = {k: row[k] for k in ("audio", "prompt", "reference")} | {"greedy": one, "sampled": sampled}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
 def show_table(title: str, columns: dict[str, dict]):

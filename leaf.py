@@ -16,8 +16,57 @@ This file is the method and nothing else. `python leaf.py` prints a worked examp
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 1: the tokens of rollouts, and their surprisal
+
+
+def draw(logits, u, temperature: float, top_p: float):
+    """One token per row of logits (..., V) by inverting the cumulative distribution at u (...) in [0, 1).
+
+    Returns token, log q (after temperature and top-p truncation and renormalisation), log p (full softmax).
+    """
+    logp = logits.log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+        return token, torch.zeros_like(u), logp.gather(-1, token[..., None])[..., 0]
+    q = nucleus((logits / temperature).softmax(-1), top_p)
+    mass = q.cumsum(-1)
+    total = mass[..., -1:]
+    token = torch.searchsorted(mass, u[..., None] * total, right=True).clamp(max=q.shape[-1] - 1)
+    # Where rounding steps past the end or, in a sum made in parallel, onto a token of no probability: the likeliest.
+    token = torch.where(q.gather(-1, token) > 0, token, q.argmax(-1, keepdim=True))
+    logq = (q.gather(-1, token) / total).log()
+    return token[..., 0], logq[..., 0], logp.gather(-1, token)[..., 0]
+
+
+def nucleus(q, top_p: float):
+    """Probabilities (..., V) with zeros outside the smallest set of most probable tokens whose mass reaches top_p."""
+    if top_p == 1:
+        return q
+    values = ascending(q)
+    mass = values.cumsum(-1)  # of a token and all less probable ones: it stays if that is more than may be cut
+    cut = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True).clamp(max=q.shape[-1] - 1)  # how many go
+    least = values.gather(-1, cut)
+    room = q.shape[-1] - cut - (q > least).sum(-1, keepdim=True)  # for tokens that are just as probable as the last
+    ties = q == least
+    return q.masked_fill((q < least) | ties & (ties.cumsum(-1, dtype=torch.float32) > room), 0)
+
+
+def ascending(q):
+    if q.device.type != "cpu":
+        return q.sort(-1).values
+    values = q.clone()
+    values.numpy().sort(axis=-1)  # with vector instructions, ten times as fast as torch on the CPU
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 2 to 5
 
 
 @dataclass
@@ -90,6 +139,16 @@ def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
     return nodes
 
 
+def first_copies(tokens, real):
+    """Which tokens (P, K, T), of those that are real, end a prefix that no response before had: (P, K, T) bool; and the
+    place k * T + t of the first to end the same prefix: (P, K * T)."""
+    K, T = tokens.shape[1:]
+    apart = ((tokens[:, :, None] != tokens[:, None]) | ~real[:, None]).cumsum(-1) > 0  # (P, K, K, T)
+    first = apart.byte().argmin(2)  # (P, K, T)
+    response, time = (torch.arange(n, device=tokens.device) for n in (K, T))
+    return real & (first == response[:, None]), (first * T + time).flatten(1)
+
+
 def span_credits(lengths, rewards, nodes: list[Node], terms: str = "both", multiplicity: bool = True):
     """Step 4: the non-empty spans of every response as tuples (response, start, end, A), before normalisation."""
     if terms not in ("both", "global", "local"):
@@ -127,18 +186,21 @@ def leaf_advantages(
     tokens, lengths, rewards = torch.as_tensor(tokens), _to_list(lengths), _to_list(rewards)
     if not all(map(math.isfinite, rewards)):
         raise ValueError(f"rewards must be finite, got {rewards}")
-    advantages = torch.zeros(tokens.shape, dtype=torch.float32)
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
-        return advantages.to(tokens.device)
+        return torch.zeros(tokens.shape, device=tokens.device)
     if boundaries is None:
         boundaries = select_boundaries(surprisal, lengths, fork_budget, min_prefix)
     spans = span_credits(lengths, rewards, build_tree(tokens, lengths, rewards, boundaries), terms, multiplicity)
-    credits = torch.tensor([credit for *_, credit in spans], dtype=torch.float64)
-    if normalize:  # step 5: a span shared by n responses is in the list n times; unbiased std; a lone pair gets 0
-        credits = (credits - credits.mean()) / (credits.std().clamp(min=1e-6) if len(credits) > 1 else 1)
-    for (i, start, end, _), credit in zip(spans, credits.tolist()):
-        advantages[i, start:end] = credit
-    return advantages.to(tokens.device)
+    credits = [credit for *_, credit in spans]
+    if normalize and spans:  # step 5: a span shared by n responses is in the list n times; a lone pair gets 0
+        mean = math.fsum(credits) / len(credits)
+        std = math.sqrt(math.fsum((credit - mean) ** 2 for credit in credits) / max(1, len(credits) - 1))  # unbiased
+        credits = [(credit - mean) / max(std, 1e-6) for credit in credits]
+    # A response's spans follow each other without a gap, so each token inherits its span's credit in reading order.
+    owned = torch.arange(tokens.shape[1]) < torch.as_tensor(lengths)[:, None]  # (K, T)
+    span_lengths = torch.tensor([end - start for _, start, end, _ in spans], dtype=torch.int64)
+    of_tokens = torch.tensor(credits, dtype=torch.float32).repeat_interleave(span_lengths)
+    return torch.zeros(tokens.shape).masked_scatter_(owned, of_tokens).to(tokens.device)
 
 
 def grpo_advantages(rewards, lengths, std_floor: float = 1 / 3) -> torch.Tensor:
@@ -186,6 +248,14 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, k
     return loss, stats
 
 
+def learning_rate(peak: float, warmup: float, final: float, progress: float) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to a share of the peak; progress runs from 0 to 1."""
+    if progress < warmup:
+        return peak * progress / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    return peak * (final + (1 - final) * cosine)
+
+
 def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     """Forkability: for each selected boundary, does a fork fire there, and is it usable?
 
@@ -202,6 +272,18 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
         size, spread = (sum(x) / max(1, len(groups)) for x in (map(len, groups), spreads))
         report.append(dict(position=b, fires=any(going_on), usable=usable, group_size=size, reward_spread=spread))
     return report
+
+
+def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, float]:
+    """What to watch: means over prompts, of the rewards of their K responses, and over boundaries, of fork_stats."""
+    forks = forks or [{"fires": False, "usable": False}]
+    return {
+        "reward": fmean(map(fmean, rewards)),
+        "reward_std": fmean(stdev(group) if len(group) > 1 else 0 for group in rewards),
+        "equal_rewards": fmean(max(group) == min(group) for group in rewards),
+        "fork_fire": fmean(fork["fires"] for fork in forks),
+        "usable_fork_fire": fmean(fork["usable"] for fork in forks),
+    }
 
 
 def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=None) -> str:
@@ -229,6 +311,17 @@ def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=
         for i, row in enumerate(pieces):
             lines.append(f"  response {i + 1}: " + "  ".join(f"{p} {a:+.5f}" for p, a in zip(row, advantages[i])))
     return "\n".join(lines)
+
+
+def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
+    """A response with each token on a background of its credit: green is praise, red is blame; numbers if no colour."""
+    if not colour:
+        return "".join(f"{piece}[{a:+.1f}]" for piece, a in zip(pieces, advantages)).strip()
+    out = ""
+    for piece, a in zip(pieces, advantages):
+        shades = ((157, 120, 34) if a > 0 else (224, 217, 203)) if abs(a) > 0.05 else (255,) * 3  # 256-colour codes
+        out += f"\033[48;5;{shades[min(2, int(abs(a) * 1.5))]}m\033[38;5;16m{piece}\033[0m"
+    return out
 
 
 def _to_list(x) -> list:

@@ -12,10 +12,12 @@ base model bit for bit, so the KL reference of RL needs no second model in memor
 import contextlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -43,15 +45,16 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # so it starts as the identity
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.r, self.alpha, self.scale, self.dropout = r, alpha, alpha / r, nn.Dropout(dropout)
-        self.enabled, self.merged = True, False
+        self.enabled, self.merged, self.rounded = True, False, None
         self.train(base.training)  # an adapter put on a model in eval mode must not drop out
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled or self.merged:
             return y
-        update = F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return y + self.scale * update
+        A, B = self.rounded or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        Ax = F.linear(self.dropout(x), A).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), Ax, B.T, alpha=self.scale).view(y.shape)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -101,6 +104,19 @@ def lora_disabled(model: nn.Module):
     finally:
         for layer, enabled in zip(layers, before):
             layer.enabled = enabled
+
+
+@contextlib.contextmanager
+def lora_rounded(model: nn.Module):
+    """Inside, which is for inference, adapters are rounded to the weights' dtype once and not in every forward."""
+    layers = lora_layers(model).values()
+    try:
+        for layer in layers:
+            layer.rounded = tuple(p.detach().to(layer.weight.dtype) for p in (layer.lora_A, layer.lora_B))
+        yield
+    finally:
+        for layer in layers:
+            layer.rounded = None
 
 
 @torch.no_grad()
@@ -245,3 +261,44 @@ def load_adapter(model: nn.Module, folder):
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(tensors[f"{name}.weight"])
     return targets
+
+
+def load_weights(model: nn.Module, folder: Path, needs_adapter: bool, device, dtype):
+    """Fill a model, made on the meta device, from a checkpoint's model.safetensors or its numbered parts.
+
+    A LoRA that lies in the folder is part of the checkpoint and is merged. Raises ValueError where tensors do not fit,
+    or needs_adapter and there is none.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = read_tensors([folder / file for file in sorted(files)], shapes, device, dtype)
+    model.load_state_dict(tensors, assign=True)
+    if (folder / "adapter_config.json").exists():
+        load_adapter(model, folder)
+        fold(model.requires_grad_(True))
+    elif needs_adapter:
+        raise ValueError(f"{folder}: adapter_config.json and adapter_model.safetensors are missing, which by "
+                         "config.json belong to it (has_lora_adapter: false if they are merged)")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them, have prompts of their own and the same adapters: these are small, and the
+# mean of their gradients is all that travels.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this process, of how many
+
+
+def average(tensors: list[torch.Tensor]):
+    """In place, the mean over the processes."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def averaged(figures: dict[str, float], device) -> dict[str, float]:
+    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device if WORLD > 1 else "cpu")
+    average([values])
+    return dict(zip(figures, values.tolist()))

@@ -13,14 +13,8 @@ L prompt length, S sequence length, V vocabulary.
 
 Padding never changes a result: every convolution, attention and statistic that could see a padded frame masks it.
 
-The K responses to a prompt share it. Both the sampler and the scorer lay a prompt and its responses out as one
-sequence, the prompt's L slots and then the responses interleaved by time,
-
-    slot:    0 .. L-1 | L .. L+K-1       | L+K .. L+2K-1    | ...
-    holds:   prompt   | token 0 of all K | token 1 of all K | ...
-
-in which token t of response k sees the prompt and tokens 0..t of response k. So the prompt is computed and cached
-once, whatever K is, and a decoding step appends K neighbouring slots to the cache.
+The K responses to a prompt share it. The sampler computes it once and copies its keys and values to each of them; the
+scorer, which training goes through, computes it once, and once whatever several responses have in common (Row).
 """
 
 import json
@@ -32,8 +26,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
-from lora import fold, load_adapter, read_tensors
+import leaf
+from lora import load_weights, lora_rounded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape of the model. Field names and file format are those of a Granite Speech config.json.
@@ -187,30 +183,23 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         return out
 
 
-class DepthwiseConv(nn.Module):
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__()
-        self.padding = (kernel_size // 2, (kernel_size - 1) // 2)
-        self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=False)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding))
-
-
 class ConformerConv(nn.Module):
     def __init__(self, c: EncoderConfig):
         super().__init__()
         inner = c.hidden_dim * c.conv_expansion_factor
         self.norm = nn.LayerNorm(c.hidden_dim)
         self.up_conv = nn.Conv1d(c.hidden_dim, 2 * inner, 1)
-        self.depth_conv = DepthwiseConv(inner, c.conv_kernel_size)
+        depthwise = nn.Conv1d(inner, inner, c.conv_kernel_size, groups=inner, bias=False)
+        self.depth_conv = nn.ModuleDict({"conv": depthwise})
+        self.padding = (c.conv_kernel_size // 2, (c.conv_kernel_size - 1) // 2)
         self.batch_norm = MaskedBatchNorm(inner)
         self.down_conv = nn.Conv1d(inner, c.hidden_dim, 1)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, mask):
         x = F.glu(self.up_conv(self.norm(x).transpose(1, 2)), dim=1)  # (B, C, T)
-        x = self.depth_conv(x * mask[:, None])  # beyond the end is silence, as for a single recording
+        x = F.pad(x * mask[:, None], self.padding)  # beyond the end is silence, as for a single recording
+        x = self.depth_conv["conv"](x)
         x = F.silu(self.batch_norm(x.transpose(1, 2), mask))
         return self.dropout(self.down_conv(x.transpose(1, 2)).transpose(1, 2))
 
@@ -256,40 +245,29 @@ class CTCEncoder(nn.Module):
 # Projector: BLIP-2's Q-Former (Li et al. 2023), the same few queries in every window of 15 frames
 
 
-class QFormerHeads(nn.Module):
-    def __init__(self, c: ProjectorConfig, source_size: int):
-        super().__init__()
-        self.num_heads = c.num_attention_heads
-        self.query = nn.Linear(c.hidden_size, c.hidden_size)
-        self.key = nn.Linear(source_size, c.hidden_size)
-        self.value = nn.Linear(source_size, c.hidden_size)
-
-    def forward(self, x, source):
-        q, k, v = (
-            f(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for f, y in ((self.query, x), (self.key, source), (self.value, source))
-        )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def to_residual(size_in: int, c: ProjectorConfig):
+    norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+    return nn.ModuleDict({"dense": nn.Linear(size_in, c.hidden_size), "LayerNorm": norm})
 
 
-class QFormerOutput(nn.Module):
-    def __init__(self, size_in: int, c: ProjectorConfig):
-        super().__init__()
-        self.dense = nn.Linear(size_in, c.hidden_size)
-        self.LayerNorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-
-    def forward(self, x, residual):
-        return self.LayerNorm(self.dense(x) + residual)
+def add(output: nn.ModuleDict, x, residual):
+    return output["LayerNorm"](output["dense"](x) + residual)
 
 
 class QFormerAttention(nn.Module):
     def __init__(self, c: ProjectorConfig, source_size: int):
         super().__init__()
-        self.attention = QFormerHeads(c, source_size)
-        self.output = QFormerOutput(c.hidden_size, c)
+        self.num_heads = c.num_attention_heads
+        sizes = {"query": c.hidden_size, "key": source_size, "value": source_size}
+        self.attention = nn.ModuleDict({name: nn.Linear(size, c.hidden_size) for name, size in sizes.items()})
+        self.output = to_residual(c.hidden_size, c)
 
     def forward(self, x, source):
-        return self.output(self.attention(x, source), x)
+        q, k, v = (
+            self.attention[name](y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for name, y in (("query", x), ("key", source), ("value", source))
+        )
+        return add(self.output, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), x)
 
 
 class QFormerLayer(nn.Module):
@@ -299,13 +277,13 @@ class QFormerLayer(nn.Module):
         if index % c.cross_attention_frequency == 0:
             self.crossattention = QFormerAttention(c, c.encoder_hidden_size)
         self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, c.intermediate_size)})
-        self.output_query = QFormerOutput(c.intermediate_size, c)
+        self.output_query = to_residual(c.intermediate_size, c)
 
     def forward(self, x, frames):
         x = self.attention(x, x)
         if hasattr(self, "crossattention"):
             x = self.crossattention(x, frames)
-        return self.output_query(F.gelu(self.intermediate_query["dense"](x)), x)
+        return add(self.output_query, F.gelu(self.intermediate_query["dense"](x)), x)
 
 
 class QFormer(nn.Module):
@@ -348,61 +326,33 @@ class Projector(nn.Module):
 # Decoder
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of every layer in one preallocated tensor; `length` slots are filled."""
-
-    def __init__(self, c: TextConfig, batch: int, size: int, dtype, device):
-        head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
-        shape = c.num_hidden_layers, 2, batch, c.num_key_value_heads, size, head_dim
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, layer: int, k, v):
-        """Write k, v (B, H, S, D) behind what is there; return all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length : end] = k
-        self.kv[layer, 1, :, :, self.length : end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-
-
 def rotate(x, cos, sin):
-    """Rotary positions on x (B, H, S, D); cos, sin (B, 1, S, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """Rotary positions on x (..., H, D); cos, sin (..., 1, D), the first half of sin negative."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attention(q, k, v, mask, scale: float):
+    """What queries (P, B, H, S, D) find in keys and values (P, B, H_kv, S_kv, D), in B branches of each of P prompts.
+
+    mask is added to the scores: (P, 1, H / H_kv * S, S_kv), or (P, 1, 1, S_kv) for all queries. -> (P, B, H, S, D)
+    """
+    # The queries of a group, which share a key-value head, as more rows: fused kernels take masks but not groups.
+    rows = q.reshape(len(q), q.shape[1] * k.shape[2], -1, q.shape[-1])  # (P, B * H_kv, H / H_kv * S, D)
+    return F.scaled_dot_product_attention(rows, k.flatten(1, 2), v.flatten(1, 2), mask, scale=scale).reshape(q.shape)
 
 
 class Attention(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
-        self.scale = c.attention_multiplier
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, layer, cache):
-        q, k, v = (
-            f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        # The queries of a group, which share a key-value head, as more rows: fused kernels take masks but not groups.
-        grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H_kv, G * S, D)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scale).reshape(q.shape)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x, cos, sin, layer, attend):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -421,36 +371,38 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.residual_multiplier = c.residual_multiplier
 
-    def forward(self, x, cos, sin, mask, layer, cache):
-        x = x + self.residual_multiplier * self.self_attn(self.input_layernorm(x), cos, sin, mask, layer, cache)
-        return x + self.residual_multiplier * self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cos, sin, layer, attend):
+        x = x.add(self.self_attn(self.input_layernorm(x), cos, sin, layer, attend), alpha=self.residual_multiplier)
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
 
 
 class Decoder(nn.Module):
+    """Everything but attention looks at one token at a time. So the caller chooses how tokens are laid out, and says
+    who sees whom: attend(layer, q, k, v) gets the layer's queries (..., H, D), keys and values (..., H_kv, D), rotated,
+    and returns what each query found (..., H, D).
+    """
+
     def __init__(self, c: TextConfig):
         super().__init__()
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, positions, mask, cache: KVCache | None = None):
-        """Embeddings x (B, S, C), positions (B, S), mask (B, 1, S, cached + S), true where seen -> (B, S, C)."""
+    def forward(self, x, positions, attend):
+        """Embeddings x (..., C) at positions (...) -> (..., C)."""
         x = x * self.config.embedding_multiplier
         D = self.layers[0].self_attn.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-        angle = (positions[..., None].float() * frequency).repeat(1, 1, 2)[:, None]  # (B, 1, S, D)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)  # or each layer would convert it
+        angle = positions[..., None, None].float() * frequency  # (..., 1, D / 2)
+        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, i, cache)
-        if cache is not None:
-            cache.length += x.shape[1]
+            x = layer(x, cos, sin, i, attend)
         return self.norm(x)
 
 
@@ -463,8 +415,9 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits in float32; log-softmax in bf16 would lose what the importance ratio is made of."""
+        hidden = hidden / self.model.config.logits_scaling  # smaller than the logits are
         logits = self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.model.embed_tokens.weight)
-        return logits.float() / self.model.config.logits_scaling
+        return logits.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,21 +449,64 @@ class Rollout:
         return torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
 
 
-def visible(valid, K: int, T: int):
-    """Who sees whom among a prompt's L slots and its responses' K * T slots: (P, 1, L + K*T, L + K*T) bool."""
-    P, L = valid.shape
-    slot = torch.arange(L + K * T, device=valid.device)
-    branch = torch.where(slot < L, -1, (slot - L) % K if K else slot)  # -1: the trunk, which every branch sees
-    see = (slot <= slot[:, None]) & ((branch == -1) | (branch == branch[:, None]))
-    see = see & F.pad(valid, (0, K * T), value=True)[:, None]
+class Row:
+    """P prompts and K responses to each as one row of N tokens, in which nothing comes twice.
+
+    A prompt has S = L + K * (T - 1) slots: its own L, and T - 1 for each response, whose last token predicts nothing.
+    The row holds the slots' real tokens, and of a prefix that several responses share the first one's copy only: the
+    prefix tree, one place for each of its inner nodes.
+    """
+
+    def __init__(self, valid, tokens, lengths):
+        (P, K, T), L = tokens.shape, valid.shape[1]
+        time = torch.arange(T, device=tokens.device)
+        self.K, self.L, self.real = K, L, time < lengths[..., None]  # (P, K, T)
+        inner, copy = leaf.first_copies(tokens[..., :-1], self.real[..., 1:])
+        kept = torch.cat((valid, inner.flatten(1)), dim=1)  # (P, S)
+        place = (kept.flatten().cumsum(0) - 1).clamp(min=0).view(kept.shape)  # of a slot in the row
+        copies = place.gather(1, L + copy)  # (P, K * (T - 1))
+        self.kept, self.source = kept.flatten().nonzero()[:, 0], torch.cat((place[:, :L], copies), dim=1).flatten()
+        response_positions = (valid.sum(1)[:, None] + time[:-1]).repeat(1, K)
+        self.positions = torch.cat((prompt_positions(valid), response_positions), dim=1)
+        # Of tokens to be scored, too, each distinct one once: where its parent stands, the first at the prompt's end.
+        distinct, copy = leaf.first_copies(tokens, self.real)
+        last = place.gather(1, last_position(valid)[:, None])[..., None].expand(-1, K, 1)
+        self.scored = distinct.flatten().nonzero()[:, 0]
+        self.parent = torch.cat((last, copies.view(P, K, T - 1)), dim=2).flatten()[self.scored]
+        self.rank = (distinct.flatten().cumsum(0) - 1).clamp(min=0).view(P, -1).gather(1, copy)
+
+    def pack(self, x):
+        """Slots (P, S, ...) -> the row (N, ...)."""
+        return x.flatten(0, 1).index_select(0, self.kept)
+
+    def unpack(self, x):
+        """The row (N, H, D) -> prompts (P, 1, H, L, D) and responses (P, K, H, T - 1, D), branches for attention()."""
+        # To (P, H, S, D). An embedding is a gather whose backward pass is the fastest sum of what was gathered.
+        x = F.embedding(self.source, x.flatten(1)).view(len(self.real), -1, *x.shape[1:]).transpose(1, 2)
+        return x[:, None, :, : self.L], x[:, :, self.L :].unflatten(2, (self.K, -1)).transpose(1, 2)
+
+    def unfold(self, logp):
+        """One number for each token scored -> (P, K, T), zero past the responses' ends."""
+        return logp[self.rank].view(self.real.shape).masked_fill(~self.real, 0)
+
+
+def visible(valid, T: int = 0):
+    """Who sees whom where T tokens follow a prompt's valid (P, L) ones: (P, L + T, L + T) bool."""
+    see = F.pad(valid, (0, T), value=True)[:, None].repeat(1, valid.shape[1] + T, 1).tril()
     # Padding before a left-padded prompt sees at least itself: a softmax over nothing is NaN.
-    return (see | (slot == slot[:, None]))[:, None]
+    return see | torch.eye(see.shape[1], dtype=torch.bool, device=see.device)
+
+
+def additive(see, dtype, group: int = 1):
+    """Who sees whom (P, S, S_kv) as attention() takes it: 0 or -inf, (P, 1, group * S, S_kv)."""
+    return torch.zeros_like(see, dtype=dtype).masked_fill_(~see, -math.inf).repeat(1, group, 1)[:, None]
 
 
 class SpeechLM(nn.Module):
     def __init__(self, config: SpeechConfig):
         super().__init__()
-        self.config = config
+        self.config, self.cuda_graph, c = config, True, config.text_config
+        self.scale, self.group = c.attention_multiplier, c.num_attention_heads // c.num_key_value_heads
         self.encoder = CTCEncoder(config.encoder_config)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text_config, config.tie_word_embeddings)
@@ -527,13 +523,10 @@ class SpeechLM(nn.Module):
         """For a model to be trained from scratch: weights of variance 1 / fan_in, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d)):
-                fan_in = module.weight[0].numel()
-                module.weight.data.normal_(0, fan_in**-0.5, generator=generator)
-                if module.bias is not None:
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
+                module.weight.data.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
+                if getattr(module, "bias", None) is not None:
                     module.bias.data.zero_()
-            elif isinstance(module, nn.Embedding):
-                module.weight.data.normal_(0, module.embedding_dim**-0.5, generator=generator)
         self.projector.query.data.normal_(0, 1, generator=generator)
         return self
 
@@ -567,22 +560,36 @@ class SpeechLM(nn.Module):
 
     # ---- scoring
 
-    def response_logp(self, prompts: Prompts, tokens) -> torch.Tensor:
-        """Log-probabilities (P, K, T), full softmax, of the responses' tokens (P, K, T): one pass, prompts shared."""
-        P, K, T = tokens.shape
-        L = prompts.x.shape[1]
-        n_prompt = prompts.valid.sum(1)  # (P,)
-        by_time = tokens.transpose(1, 2).reshape(P, T * K)  # slot order
-        x = torch.cat((prompts.x, self.language_model.model.embed_tokens(by_time)), dim=1)
-        response_position = torch.arange(T, device=x.device).repeat_interleave(K) + n_prompt[:, None]
-        positions = torch.cat((prompt_positions(prompts.valid), response_position), dim=1)
-        hidden = self.language_model.model(x, positions, visible(prompts.valid, K, T))  # (P, L + T*K, C)
-        # Token 0 is predicted at the prompt's last position, token t + 1 at token t's.
-        first = hidden[torch.arange(P), last_position(prompts.valid)][:, None].expand(-1, K, -1)
-        hidden = torch.cat((first, hidden[:, L : L + (T - 1) * K]), dim=1)  # (P, T*K, C)
-        logits = self.language_model.logits(hidden).flatten(0, 1)
-        logp = -F.cross_entropy(logits, by_time.flatten(), reduction="none")
-        return logp.view(P, T, K).transpose(1, 2)
+    def response_logp(self, prompts: Prompts, tokens, lengths) -> torch.Tensor:
+        """Log-probabilities (P, K, T), full softmax, of the responses' tokens (P, K, T); zero past lengths (P, K).
+
+        What is the same is computed once: a prompt for all its responses, a prefix for all responses that share it.
+        """
+        row, decoder, K = Row(prompts.valid, tokens, lengths), self.language_model.model, tokens.shape[1]
+        slots = torch.cat((prompts.x, decoder.embed_tokens(tokens[..., :-1].flatten(1))), dim=1)  # (P, S, C)
+        L, see = row.L, visible(prompts.valid, tokens.shape[2] - 1)
+        in_prompt, in_response = (additive(part, self.dtype, self.group) for part in (see[:, :L, :L], see[:, L:]))
+
+        def attend(layer, q, k, v):  # (N, H, D)
+            (q0, q1), (k0, k1), (v0, v1) = map(row.unpack, (q, k, v))
+            k1, v1 = (torch.cat((a.expand(-1, K, -1, -1, -1), b), dim=3) for a, b in ((k0, k1), (v0, v1)))
+            found = attention(q0, k0, v0, in_prompt, self.scale), attention(q1, k1, v1, in_response, self.scale)
+            return row.pack(torch.cat([x.transpose(2, 3).flatten(1, 2) for x in found], dim=1))
+
+        hidden = decoder(row.pack(slots), row.pack(row.positions), attend)  # (N, C)
+        return row.unfold(self.token_logp(hidden[row.parent], tokens.flatten()[row.scored]))
+
+    def token_logp(self, hidden, tokens):
+        """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict; not all logits are held at once."""
+
+        def some(hidden, tokens):
+            return -F.cross_entropy(self.language_model.logits(hidden), tokens, reduction="none")
+
+        rows = 2**25 // self.config.text_config.vocab_size  # 134 MB of logits
+        if len(tokens) <= rows:
+            return some(hidden, tokens)
+        parts = zip(hidden.split(rows), tokens.split(rows))
+        return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
 
     # ---- sampling
 
@@ -593,32 +600,62 @@ class SpeechLM(nn.Module):
         The caller makes the noise, so a response depends on its own numbers and not on who shares its batch.
         temperature 0 is greedy decoding (logq is then 0).
         """
-        (P, K, T), L = noise.shape, prompts.x.shape[1]
+        (P, K, T), L, c = noise.shape, prompts.x.shape[1], self.config.text_config
         decoder, n_prompt = self.language_model.model, prompts.valid.sum(1)
-        cache = KVCache(decoder.config, P, L + K * T, self.dtype, self.device)
-        hidden = decoder(prompts.x, prompt_positions(prompts.valid), visible(prompts.valid, 0, 0), cache)
-        hidden = hidden[torch.arange(P), last_position(prompts.valid)][:, None].expand(-1, K, -1)  # (P, K, C)
-        # Response k sees the prompt and every K-th slot after it: its own.
-        own = torch.eye(K, dtype=torch.bool, device=self.device).repeat(1, T)
-        see = torch.cat((prompts.valid[:, None].expand(-1, K, -1), own.expand(P, -1, -1)), dim=-1)[:, None]
+        # Keys and values of all layers. A prompt's are computed once and copied to each of its responses. Zeros, since
+        # what nobody sees yet is multiplied by 0.
+        shape = c.num_hidden_layers, 2, P, K, c.num_key_value_heads, L + T, decoder.layers[0].self_attn.head_dim
+        cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        in_prompt = additive(visible(prompts.valid), self.dtype, self.group)
+        seen = additive(F.pad(prompts.valid, (0, T))[:, None], self.dtype)  # (P, 1, 1, L + T)
 
-        out = Rollout(
-            torch.full((P, K, T), eos_id, device=self.device), torch.full((P, K), T, device=self.device),
-            torch.zeros(P, K, T, device=self.device), torch.zeros(P, K, T, device=self.device),
-        )  # fmt: skip
+        def prefill(layer, q, k, v):  # (P, L, H, D)
+            q, k, v = (y[:, None].transpose(2, 3) for y in (q, k, v))
+            cache[layer, 0, ..., :L, :], cache[layer, 1, ..., :L, :] = k, v
+            return attention(q, k, v, in_prompt, self.scale)[:, 0].transpose(1, 2)
+
+        def decode(layer, q, k, v):  # (P, K, H, D)
+            for y, kept in ((k, cache[layer, 0]), (v, cache[layer, 1])):
+                kept.index_copy_(3, L + t - 1, y[..., None, :])
+            k, v = cache[layer, :, ..., :end, :]
+            return attention(q[..., None, :], k, v, seen[..., :end], self.scale)[..., 0, :]
+
+        tokens, lengths = (torch.zeros(n, dtype=torch.int64, device=self.device) for n in ((P, K, T), (P, K)))
+        logq, logp = torch.zeros(2, P, K, T, device=self.device)
         done = torch.zeros(P, K, dtype=torch.bool, device=self.device)
-        for t in range(T):
-            token, logq, logp = draw(self.language_model.logits(hidden), noise[..., t], temperature, top_p)
-            out.tokens[..., t], out.logq[..., t], out.logp[..., t] = token, logq, logp
-            ends = (token == eos_id) & ~done
-            out.lengths[ends] = t + 1
-            done |= ends
-            if t == T - 1 or done.all():
-                break
-            hidden = decoder(
-                decoder.embed_tokens(token), (n_prompt + t)[:, None].expand(P, K), see[..., : L + (t + 1) * K], cache
-            )
-        return out
+        t = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many tokens there are
+
+        def emit(hidden):  # (P, K, C)
+            u = noise.index_select(2, t)[..., 0]
+            drawn = leaf.draw(self.language_model.logits(hidden), u, temperature, top_p)
+            for kept, new in zip((tokens, logq, logp), drawn):
+                kept.index_copy_(2, t, new[..., None])
+            lengths.add_(~done)
+            done.logical_or_(drawn[0] == eos_id)
+            t.add_(1)
+
+        def advance():
+            """The next token of every response. Nothing here waits for the device: a CUDA graph can hold it."""
+            seen.index_fill_(3, L + t - 1, 0)
+            x = decoder.embed_tokens(tokens.index_select(2, t - 1)[..., 0])
+            emit(decoder(x, (n_prompt[:, None] + t - 1).expand(P, K), decode))
+
+        with lora_rounded(self):
+            hidden = decoder(prompts.x, prompt_positions(prompts.valid), prefill)
+            emit(hidden[torch.arange(P), last_position(prompts.valid)][:, None].expand(-1, K, -1))
+            on_gpu = self.device.type == "cuda"
+            as_graph = on_gpu and self.cuda_graph
+            for n in range(1, T):
+                if (n % 8 == 0 or not on_gpu) and done.all():  # a GPU waits to be asked: tokens too many cost less
+                    break
+                end = L + T if as_graph else L + n  # shapes in a graph never change
+                if n == 2 and as_graph:  # once everything it needs has been loaded
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        advance()
+                    advance = graph.replay
+                advance()
+        return Rollout(tokens, lengths, logq, logp)
 
     # ---- files
 
@@ -634,9 +671,7 @@ class SpeechLM(nn.Module):
         """Load a released checkpoint, or what save() wrote: config.json, and model.safetensors or its numbered parts.
 
         Tensors go to the device one by one, in dtype (None: as stored), so that memory holds little more than the
-        weights. A LoRA that lies in the folder is part of the checkpoint (Granite Speech 3.3 has one for when it
-        listens) and is merged into the weights. Raises ValueError with the tensors that are unknown, missing or of
-        another shape than config.json says.
+        weights. Raises ValueError where tensors are unknown, missing or of another shape than config.json says.
         """
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
@@ -645,17 +680,7 @@ class SpeechLM(nn.Module):
                 model = cls(SpeechConfig.from_dict(config))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / 'config.json'} is of no model that this code knows: {error!r}") from None
-        index = folder / "model.safetensors.index.json"
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        tensors = read_tensors([folder / file for file in sorted(files)], shapes, device, dtype)
-        model.load_state_dict(tensors, assign=True)
-        if (folder / "adapter_config.json").exists():
-            load_adapter(model, folder)
-            fold(model.requires_grad_(True))
-        elif config.get("has_lora_adapter"):
-            raise ValueError(f"{folder}: adapter_config.json and adapter_model.safetensors are missing, which by "
-                             "config.json belong to it (has_lora_adapter: false if they are merged)")  # fmt: skip
+        load_weights(model, folder, config.get("has_lora_adapter"), device, dtype)
         return model
 
 
@@ -673,28 +698,3 @@ def prompt_positions(valid):
 def last_position(valid):
     """Index of each prompt's last real token: (P, L) bool -> (P,)."""
     return valid.shape[1] - 1 - valid.flip(1).int().argmax(1)
-
-
-def draw(logits, u, temperature: float, top_p: float):
-    """One token per row of logits (..., V) by inverting the cumulative distribution at u (...) in [0, 1).
-
-    Returns token, log q (after temperature and top-p truncation and renormalisation), log p (full softmax).
-    Top-p keeps the smallest set of most probable tokens whose mass reaches top_p.
-    """
-    logp = logits.log_softmax(-1)
-    if temperature == 0:
-        token = logp.argmax(-1)
-        return token, torch.zeros_like(u), logp.gather(-1, token[..., None])[..., 0]
-    q, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    mass = q.cumsum(-1)
-    cut = mass - q >= top_p  # a token stays if the mass before it is still short of top_p
-    cut[..., 0] = False
-    q = q.masked_fill(cut, 0)
-    mass = q.cumsum(-1)
-    total = mass[..., -1:]
-    rank = (mass <= u[..., None] * total).sum(-1, keepdim=True)  # kept tokens wholly below u
-    last = (q > 0).sum(-1, keepdim=True) - 1
-    rank = rank.minimum(last).clamp(min=0)  # rounding must not step past the last kept token, nor nan before the first
-    token = order.gather(-1, rank)[..., 0]
-    logq = (q.gather(-1, rank) / total).log()[..., 0]
-    return token, logq, logp.gather(-1, token[..., None])[..., 0]

@@ -7,17 +7,21 @@
     python train.py --init DIR --data DIR    start from a released Granite Speech checkpoint
     python train.py --ask AUDIO "question" --out RUN     use what was trained; add --samples 8 to see the tree
     python train.py --eval-only --out RUN    evaluate what was trained, or a checkpoint: --init DIR --data DIR
+    torchrun --nproc_per_node=N train.py     any of the trainings, on N GPUs of one machine
 
 Top to bottom: data -> base model (CTC on the encoder, freeze it, then next-token on projector and decoder) ->
 evaluate -> LoRA -> rollouts, rewards, credit, update -> evaluate. Ctrl-C saves; the same command goes on from there.
 """
 
 import argparse
+import contextlib
+import datetime
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +31,7 @@ from shlex import quote
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -35,6 +40,7 @@ import data
 import leaf
 from corpora import synthetic
 from lora import DECODER_TARGETS, apply_lora, load_adapter, lora_disabled, lora_layers, lora_parameters, save_adapter
+from lora import RANK, WORLD, average, averaged
 from model import SpeechConfig, SpeechLM, pad
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,6 +88,7 @@ class Config:
     temperature: float = flag(1.0, "of the rollouts")
     top_p: float = flag(0.9, "of the rollouts")
     max_new_tokens: int = flag(32, "longest response (paper: 200)")
+    rescore: bool = flag(False, "old log-probabilities from a forward pass of their own instead of the sampler's")
     # LEAF
     fork_budget: int = flag(2, "B, boundaries per prompt", least=0)
     min_prefix: int = flag(1, "earliest boundary")
@@ -104,10 +111,11 @@ class Config:
     save_every: int = flag(50, "steps between checkpoints")
     device: str = flag("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "of the policy; auto: bfloat16 on CUDA where supported", ("auto", "float32", "bfloat16"))
+    cuda_graph: bool = flag(True, "on CUDA, replay a recorded decoding step instead of launching its kernels anew")
     cache_gb: float = flag(1.0, "memory for each cache of features, encoder frames and audio embeddings")
 
     # May change between a run and its resumption; everything else is what the run is.
-    FREE = ("out", "init", "base", "data", "save_every", "device", "cache_gb", "micro_prompts")
+    FREE = ("out", "init", "base", "data", "save_every", "device", "cuda_graph", "cache_gb", "micro_prompts")
     # What the base model depends on
     BASE = ("task", "base_seed", "ctc_steps", "ctc_lr", "sft_steps", "sft_lr", "base_batch")
 
@@ -128,40 +136,34 @@ class Config:
 # Never lose work: checkpoints, and a loop that goes on where it stopped
 
 
-def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Config, seed: int, step_fn):
-    """Call step_fn(step) -> metrics for every step; log a line each, save, resume.
+def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Config, seed: int, step_fn, agree=bool):
+    """Call step_fn(step) -> metrics for every step; log a line each, save, resume. agree(asked) says whether to stop.
 
     Everything random inside a step is keyed by (seed, step), so parameters, moments and the step number are all the
     state there is: a resumed run repeats nothing and misses nothing.
     """
-    log_file, checkpoints = folder / f"{stage}.jsonl", folder / "checkpoints" / stage
+    log_file, checkpoints = folder / f"{stage}.jsonl" if RANK == 0 else Path(os.devnull), folder / "checkpoints" / stage
     folder.mkdir(parents=True, exist_ok=True)
     start = data.load_checkpoint(checkpoints, named, optimizer)
     lines = log_file.read_bytes().splitlines(keepends=True) if log_file.exists() else []
     log_file.write_bytes(b"".join(lines[:start]))  # one line a step: what lies past the checkpoint comes again
-    bar = tqdm(total=steps, initial=start, desc=stage, disable=None, mininterval=0.5)
+    bar = tqdm(total=steps, initial=start, desc=stage, disable=True if RANK else None, mininterval=0.5)
     with data.stop_requests() as stop, open(log_file, "a", encoding="utf-8") as log, bar:
         for step in range(start, steps):
-            torch.manual_seed(int(np.random.default_rng([seed, step]).integers(2**31)))  # dropout
+            key = [seed, step, RANK] if RANK else [seed, step]
+            torch.manual_seed(int(np.random.default_rng(key).integers(2**31)))  # dropout
             metrics = step_fn(step)
             log.write(json.dumps({"step": step + 1, **metrics}) + "\n")
             log.flush()
             bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss", "reward", "kl") if k in metrics}, refresh=False)
             bar.update()
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stop:
+            stopping = agree(stop)
+            if RANK == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == steps or stopping):
                 os.fsync(log.fileno())
                 data.save_checkpoint(checkpoints, step + 1, named, optimizer)
-            if stop:
-                tqdm.write(f"saved step {step + 1} of {steps} in {checkpoints}; the same command goes on from there")
-                raise SystemExit(128 + stop[0])
-
-
-def learning_rate(cfg: Config, peak: float, progress: float) -> float:
-    """Linear warm-up, then a cosine down to final_lr of the peak; progress runs from 0 to 1."""
-    if progress < cfg.warmup:
-        return peak * progress / cfg.warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * (progress - cfg.warmup) / (1 - cfg.warmup)))
-    return peak * (cfg.final_lr + (1 - cfg.final_lr) * cosine)
+            if stopping:
+                print(f"saved step {step + 1} of {steps} in {checkpoints}; the same command goes on from there")
+                raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
 
 
 class Updater:
@@ -169,7 +171,7 @@ class Updater:
 
     def __init__(self, parameters, cfg: Config):
         self.parameters, self.cfg, self.skipped = list(parameters), cfg, 0
-        self.adam = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(self, loss: float, lr: float) -> float:
         """Apply the gradients; returns their norm before clipping."""
@@ -198,11 +200,11 @@ def make_base(cfg: Config, train: data.Split, folder: Path, device):
         work = folder.with_name(folder.name + "-training")  # renamed to its final name when complete
         with data.lock(work, wait=True):
             if not folder.exists():
-                check_same(work, settings, "base.json")
+                data.check_same(work, settings, "base.json")
                 train_base(cfg, train, work, device)
                 os.rename(work, folder)
                 shutil.rmtree(folder / "checkpoints")
-    check_same(folder, settings, "base.json")
+    data.check_same(folder, settings, "base.json")
 
 
 def train_base(cfg: Config, train: data.Split, work: Path, device):
@@ -240,7 +242,7 @@ def train_ctc(cfg, model, train, spoken, labels, folder):
             logp = logits.float().log_softmax(-1).transpose(0, 1)
             loss = loss + 0.5 * F.ctc_loss(logp, wanted, lengths.cpu(), label_lengths, zero_infinity=True)
         loss.backward()
-        lr = learning_rate(cfg, cfg.ctc_lr, (step + 1) / cfg.ctc_steps)
+        lr = leaf.learning_rate(cfg.ctc_lr, cfg.warmup, cfg.final_lr, (step + 1) / cfg.ctc_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
     fit("ctc", folder, cfg.ctc_steps, encoder.state_dict(keep_vars=True), updater.adam, cfg, cfg.base_seed, one_step)
@@ -262,11 +264,10 @@ def train_sft(cfg, model, tokenizer, train, folder, freeze_encoder):
         batch = data.order(len(answers), [cfg.base_seed, 2], step * cfg.base_batch, cfg.base_batch)
         audio = model.project(train.frames(batch) if freeze_encoder else model.encode(train.mels(batch)))
         tokens, answer_lengths = pad([answers[i] for i in batch], model.device)
-        logp = model.response_logp(model.embed_prompts([prompts[i] for i in batch], audio), tokens[:, None])[:, 0]
-        mask = torch.arange(tokens.shape[1], device=model.device) < answer_lengths[:, None]
-        loss = -(logp * mask).sum() / mask.sum()
+        batch = model.embed_prompts([prompts[i] for i in batch], audio)
+        loss = -model.response_logp(batch, tokens[:, None], answer_lengths[:, None]).sum() / answer_lengths.sum()
         loss.backward()
-        lr = learning_rate(cfg, cfg.sft_lr, (step + 1) / cfg.sft_steps)
+        lr = leaf.learning_rate(cfg.sft_lr, cfg.warmup, cfg.final_lr, (step + 1) / cfg.sft_steps)
         return {"loss": loss.item(), "grad_norm": updater.step(loss.item(), lr), "lr": lr}
 
     fit("sft", folder, cfg.sft_steps, model.state_dict(keep_vars=True), updater.adam, cfg, cfg.base_seed, one_step)
@@ -298,6 +299,7 @@ def load(cfg: Config, device, dtype, adapter=""):
         tokenizer.encode_prompt(data.AUDIO + "?")  # a chat template that fails must fail now
     except ValueError as error:
         raise data.UserError(str(error)) from None
+    model.cuda_graph = cfg.cuda_graph
     return model.eval(), tokenizer
 
 
@@ -340,10 +342,7 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
     other = data.swap(rows) if any("slots" in row for row in rows) else None
     swapped = other and answer(model, tokenizer, split, cfg, swapped=other)
     result = data.scores(rows, greedy, passes, swapped)
-    with open(predictions, "w", encoding="utf-8") as file:
-        for row, one, *sampled in zip(rows, greedy, *passes):
-            line = {k: row[k] for k in ("audio", "prompt", "reference")} | {"greedy": one, "sampled": sampled}
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    data.write_predictions(predictions, rows, greedy, passes)
     return result
 
 
@@ -373,24 +372,25 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
     """LoRA trained by LEAF or GRPO; one step is one rollout batch and its updates."""
     parameters = lora_parameters(model)
     updater = Updater(parameters.values(), cfg)
-    updates_per_step = cfg.prompts // cfg.update_prompts
+    updates_per_step, own = cfg.prompts // cfg.update_prompts, cfg.update_prompts // WORLD  # prompts of an update
+    mine = [n for n in range(cfg.prompts) if n % cfg.update_prompts // own == RANK]  # of a rollout batch
 
     def one_step(step):
         # Rollouts: K responses to each prompt, from the model as it is now, LoRA on, dropout off.
         model.eval()
         began = time.perf_counter()
-        place = range(step * cfg.prompts, (step + 1) * cfg.prompts)  # in the endless shuffled sequence of prompts
-        indices = data.order(len(train.rows), [cfg.seed, 4], place.start, cfg.prompts)
+        place = [step * cfg.prompts + n for n in mine]  # in the endless shuffled sequence of prompts
+        indices = np.array(data.order(len(train.rows), [cfg.seed, 4], step * cfg.prompts, cfg.prompts))[mine].tolist()
         u = data.noise([cfg.seed, 5], place, cfg.responses, cfg.max_new_tokens, model.device)
         with torch.no_grad():
             prompts = train.batch(model, indices)
             rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
-        T = int(rollout.lengths.max())  # nothing after the longest response matters
-        tokens, mask, old_logp = rollout.tokens[..., :T], rollout.mask[..., :T], rollout.logp[..., :T]
+        lengths, T = rollout.lengths, int(rollout.lengths.max())  # nothing after the longest response matters
+        tokens, mask, old_logp = (x[..., :T] for x in (rollout.tokens, rollout.mask, rollout.logp))
         sampled = time.perf_counter()
 
         # Rewards: once per response, at its end.
-        tokens_host, lengths_host = tokens.cpu(), rollout.lengths.cpu()
+        tokens_host, lengths_host = tokens.cpu(), lengths.cpu()
         surprisal_host = -rollout.logq[..., :T].cpu()
         texts = [[tokenizer.decode(t[:n].tolist()) for t, n in zip(*group)] for group in zip(tokens_host, lengths_host)]
         rewards = [data.rewards(group, [train.rows[i]] * len(group)) for i, group in zip(indices, texts)]
@@ -405,42 +405,46 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         def heard(chunk):  # an encoder in training hears differently with LoRA off, or after an update
             return prompts[chunk] if train.frozen else train.batch(model, [indices[i] for i in chunk])
 
-        with torch.no_grad(), lora_disabled(model):
-            chunks = torch.arange(cfg.prompts).split(cfg.micro_prompts)
-            ref_logp = torch.cat([model.response_logp(heard(c), tokens[c]) for c in chunks])
+        def score():
+            chunks = torch.arange(len(mine)).split(cfg.micro_prompts)
+            return torch.cat([model.response_logp(heard(c), tokens[c], lengths[c]) for c in chunks])
+
+        with torch.no_grad():
+            if cfg.rescore:
+                old_logp = score()
+            with lora_disabled(model):
+                ref_logp = score()
         for layer in lora_layers(model).values():
             layer.train()  # its dropout, and nobody else's
         all_stats = []
-        for n, update in enumerate(torch.arange(cfg.prompts).split(cfg.update_prompts)):
+        for n, update in enumerate(torch.arange(len(mine)).split(own)):
             stats = {}
             for c in update.split(cfg.micro_prompts):
-                logp = model.response_logp(heard(c), tokens[c])
+                logp = model.response_logp(heard(c), tokens[c], lengths[c])
                 flat = (x[c].flatten(0, 1) for x in (old_logp, ref_logp, advantages, mask))  # (P * K, T)
                 loss, part = leaf.policy_loss(logp.flatten(0, 1), *flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
                 share = len(c) / len(update)
                 (loss * share).backward()
                 stats = {k: stats.get(k, 0) + share * v for k, v in part.items()}
-            lr = learning_rate(cfg, cfg.lr, (step * updates_per_step + n + 1) / (cfg.steps * updates_per_step))
-            stats = {k: v.item() for k, v in stats.items()}
+            progress = (step * updates_per_step + n + 1) / (cfg.steps * updates_per_step)
+            lr = leaf.learning_rate(cfg.lr, cfg.warmup, cfg.final_lr, progress)
+            stats = averaged({k: v.item() for k, v in stats.items()}, model.device)
+            average([p.grad for p in updater.parameters])
             all_stats.append({**stats, "grad_norm": updater.step(stats["loss"], lr), "lr": lr})
         seconds = time.perf_counter() - began
 
-        forks = [fork for _, report in credits for fork in report] or [{"fires": False, "usable": False}]
         metrics = {k: float(np.mean([s[k] for s in all_stats])) for k in all_stats[0]}
+        metrics |= leaf.group_stats(rewards, [fork for _, report in credits for fork in report])
         metrics |= {
             "first_ratio_gap": all_stats[0]["ratio_gap"],  # sampler against scorer: rounding, before any update
-            "reward": float(np.mean(rewards)),
-            "reward_std": float(np.mean([np.std(group, ddof=1) if len(group) > 1 else 0 for group in rewards])),
-            "equal_rewards": float(np.mean([max(group) == min(group) for group in rewards])),
             "response_length": float(lengths_host.float().mean()),
-            "fork_fire": float(np.mean([fork["fires"] for fork in forks])),
-            "usable_fork_fire": float(np.mean([fork["usable"] for fork in forks])),
             "seconds": seconds,
             "sampling_share": (sampled - began) / seconds,
             "credit_share": credit_seconds / seconds,
-            "tokens_per_second": int(lengths_host.sum()) / seconds,
+            "tokens_per_second": WORLD * int(lengths_host.sum()) / seconds,
         }
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+        metrics = averaged(metrics, model.device)
+        if RANK == 0 and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
             model.eval()
             greedy = answer(model, tokenizer, validation, cfg)
             references = [row["reference"] for row in validation.rows]
@@ -448,23 +452,15 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
             tqdm.write(LOG.format(step=step + 1, **metrics))
         return metrics
 
-    fit("policy", folder, cfg.steps, parameters, updater.adam, cfg, cfg.seed, one_step)
+    def agree(asked):  # all stop, or the others wait for ever
+        return averaged({"asked": len(asked)}, model.device)["asked"] > 0
+
+    fit("policy", folder, cfg.steps, parameters, updater.adam, cfg, cfg.seed, one_step, agree)
     model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing it
-
-
-def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
-    """A response with each token on a background of its credit: green is praise, red is blame; numbers if no colour."""
-    if not colour:
-        return "".join(f"{piece}[{a:+.1f}]" for piece, a in zip(pieces, advantages)).strip()
-    out = ""
-    for piece, a in zip(pieces, advantages):
-        shades = ((157, 120, 34) if a > 0 else (224, 217, 203)) if abs(a) > 0.05 else (255,) * 3  # 256-colour codes
-        out += f"\033[48;5;{shades[min(2, int(abs(a) * 1.5))]}m\033[38;5;16m{piece}\033[0m"
-    return out
 
 
 @torch.no_grad()
@@ -487,7 +483,7 @@ def show_examples(title, model, tokenizer, split: data.Split, cfg: Config, count
         print(f"  greedy     {tokenizer.decode(greedy.tokens[n, 0, : greedy.lengths[n, 0]].tolist())}")
         for name, k in (("best of K", rewards.index(max(rewards))), ("worst of K", rewards.index(min(rewards)))):
             ids = tokens[k, : lengths[k]].tolist()
-            shaded = shade(tokenizer.pieces(ids), advantages[k].tolist(), sys.stdout.isatty())
+            shaded = leaf.shade(tokenizer.pieces(ids), advantages[k].tolist(), sys.stdout.isatty())
             print(f"  {name:10} {shaded}  reward {rewards[k]:.2f}")
 
 
@@ -538,23 +534,11 @@ def pick(cfg: Config) -> tuple[torch.device, torch.dtype]:
     if cfg.device not in ("auto", "cpu", best):
         raise data.UserError(f"--device {cfg.device}: this torch sees no such device here")
     device = best if cfg.device == "auto" else cfg.device
+    if device == "cuda" and WORLD > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     half = device == "cuda" and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if cfg.dtype == "auto" else cfg.dtype
     return torch.device(device), getattr(torch, dtype)
-
-
-def check_same(folder: Path, settings: dict, file: str):
-    """A folder belongs to one configuration: another is refused with the difference shown, a new folder takes it."""
-    path = folder / file
-    if {p.name for p in folder.iterdir()} <= {file, "lock", "tokenizer.model"}:  # nothing was done here yet
-        return data.write_json(path, settings)
-    there = data.read_json(path)
-    different = [f"  {k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
-    if different:
-        raise data.UserError(
-            f"{folder} belongs to another configuration:\n" + "\n".join(different) + "\nChange the flags back, "
-            f"choose another folder with {'--base' if file == 'base.json' else '--out'}, or remove this one"
-        )
 
 
 def finished(folder: Path, given: dict) -> Config:
@@ -608,6 +592,8 @@ def parse(argv):
         parser.error(f"warmup and lora_dropout must be below 1, not {cfg.warmup} and {cfg.lora_dropout}")
     if cfg.prompts % cfg.update_prompts:
         parser.error(f"prompts ({cfg.prompts}) must be a multiple of update_prompts ({cfg.update_prompts})")
+    if WORLD > 1 and (cfg.update_prompts % WORLD or actions["ask"] or actions["eval_only"]):
+        parser.error(f"{WORLD} processes only train, and must share update_prompts ({cfg.update_prompts}) evenly")
     if not 0 < cfg.top_p <= 1 or cfg.temperature == 0:
         parser.error(f"top_p must lie in (0, 1] and temperature above 0, not {cfg.top_p} and {cfg.temperature}")
     return cfg, actions
@@ -622,9 +608,14 @@ def main(argv=None):
         return ask(cfg, *actions["ask"], actions["samples"], actions["reference"], device, dtype)
     if actions["eval_only"]:
         return evaluate_only(cfg, folder, device, dtype)
-    corpus = load_rows(cfg)  # checked whole before anything is written
-    with data.lock(folder, wait=False):
-        run(cfg, corpus, device, dtype, began)
+    if WORLD > 1:  # without an early time-out: the others wait while the first trains a base, or evaluates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    with contextlib.redirect_stdout(None) if RANK else contextlib.nullcontext():  # one speaks
+        corpus = load_rows(cfg)  # checked whole before anything is written
+        with contextlib.nullcontext() if RANK else data.lock(folder, wait=False):
+            run(cfg, corpus, device, dtype, began)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float):
@@ -632,7 +623,8 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     folder, base_folder = cfg.run_folder, cfg.base_folder
     settings = {k: v for k, v in asdict(cfg).items() if k not in Config.FREE}
     settings |= {"base": os.path.relpath(base_folder, folder), "rows": data.fingerprint(sum(corpus.values(), []))}
-    check_same(folder, settings, "config.json")
+    if RANK == 0:
+        data.check_same(folder, settings, "config.json")
     title = f"test split, {len(corpus['test'])} rows"
     if (folder / "results.json").exists():
         results = data.read_json(folder / "results.json")
@@ -641,29 +633,36 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     print(f"{cfg.name}: " + ", ".join(f"{len(rows)} {name}" for name, rows in corpus.items()) + f" rows; on {device}")
 
     # Base: load it, or train it. LoRA, off for now.
-    splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in corpus.items()}
+    wanted = {name: rows for name, rows in corpus.items() if RANK == 0 or name == "train"}
+    splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in wanted.items()}
     if not cfg.init and (not cfg.base or not base_folder.exists()):  # a base chosen by hand is taken as it is
-        make_base(cfg, splits["train"], base_folder, device)
+        if RANK == 0:
+            make_base(cfg, splits["train"], base_folder, device)
     elif not cfg.init and data.read_json(base_folder / "base.json").get("rows") != data.fingerprint(corpus["train"]):
         print(f"note: {base_folder} was trained on other rows, which may hold some of this test split")
+    if WORLD > 1:
+        dist.barrier()
     model, tokenizer = load(cfg, device, dtype)
     targets = adapt(cfg, model)
     for split in splits.values():
         split.project(model, tokenizer, frozen=all(name.startswith("language_model.") for name in lora_layers(model)))
 
     # Measure it.
-    with lora_disabled(model):
-        if not (folder / "base.json").exists():
-            answers = folder / "predictions-base.jsonl"
-            data.write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg, answers))
-        base_result = data.read_json(folder / "base.json")
-        show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
+    if RANK == 0:
+        with lora_disabled(model):
+            if not (folder / "base.json").exists():
+                answers = folder / "predictions-base.jsonl"
+                data.write_json(folder / "base.json", evaluate(model, tokenizer, splits["test"], cfg, answers))
+            base_result = data.read_json(folder / "base.json")
+            show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
 
     # Train.
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     print(f"\n{cfg.algo.upper()}: {cfg.steps} steps of {cfg.prompts} prompts x {cfg.responses} responses, "
           f"{trainable:,} LoRA parameters")  # fmt: skip
-    train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder)
+    train_policy(cfg, model, tokenizer, splits["train"], splits.get("validation"), folder)
+    if RANK:
+        return
     save_adapter(model, folder / "adapter", targets, base=str(base_folder))
 
     # Measure again, and show.

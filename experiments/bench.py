@@ -161,7 +161,7 @@ class Side:
 
     def start(self, case: Case, adapters: dict[str, nn.Parameter]):
         self.case, self.adapters = case, adapters
-        self.adam = torch.optim.AdamW(adapters.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(adapters.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         (self.P, self.K, self.T), self.device = case.tokens.shape, case.tokens.device
 
     def loss(self, logp, old, ref, at):
@@ -221,7 +221,7 @@ class Ours(Side):
         return self.model.sample(self.prompts, noise, -1, 0.0 if greedy else 1.0, 0.9).tokens
 
     def logp(self, prompts):
-        return self.model.response_logp(self.prompts[prompts], self.case.tokens[prompts])
+        return self.model.response_logp(self.prompts[prompts], self.case.tokens[prompts], self.case.lengths[prompts])
 
     def policy(self):
         return self.case.logp  # the sampler's

@@ -123,13 +123,13 @@ def sample(model, prompts, T: int):
 @torch.no_grad()
 def reference(model, prompts, tokens):
     with lora_disabled(model):
-        return model.response_logp(prompts, tokens)[0]
+        return model.response_logp(prompts, tokens, torch.full_like(tokens[..., 0], tokens.shape[2]))[0]
 
 
 def update(model, adam, prompts, tokens, ref_logp):
     for layer in lora_layers(model).values():
         layer.train()
-    logp = model.response_logp(prompts, tokens)[0]
+    logp = model.response_logp(prompts, tokens, torch.full_like(tokens[..., 0], tokens.shape[2]))[0]
     mask = torch.ones_like(logp, dtype=torch.bool)
     leaf.policy_loss(logp, ref_logp, ref_logp, torch.ones_like(logp), mask)[0].backward()
     nn.utils.clip_grad_norm_(lora_parameters(model).values(), 1.0)
