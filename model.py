@@ -579,13 +579,13 @@ class SpeechLM(nn.Module):
         hidden = decoder(row.pack(slots), row.pack(row.positions), attend)  # (N, C)
         return row.unfold(self.token_logp(hidden[row.parent], tokens.flatten()[row.scored]))
 
-    def token_logp(self, hidden, tokens):
-        """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict; not all logits are held at once."""
+    def token_logp(self, hidden, tokens, held: int = 2**25):
+        """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict, with so many logits held at once."""
 
         def some(hidden, tokens):
             return -F.cross_entropy(self.language_model.logits(hidden), tokens, reduction="none")
 
-        rows = 2**25 // self.config.text_config.vocab_size  # 134 MB of logits
+        rows = held // self.config.text_config.vocab_size
         if len(tokens) <= rows:
             return some(hidden, tokens)
         parts = zip(hidden.split(rows), tokens.split(rows))

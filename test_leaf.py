@@ -680,6 +680,38 @@ def test_shared_prompt_is_the_same_as_each_response_alone(side, adapted):
     model.response_logp(prompts, sampled.tokens, sampled.lengths).sum().backward()
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_what_is_shared_is_computed_once(share):
+    """The decoder sees each real prompt token once, and each distinct prefix that something follows."""
+    model, prompts, rng = make_model(), make_prompts([4, 9, 2], "both", width=11), random.Random(0)
+    tokens, lengths, seen = [], [], []
+    for _ in range(3):
+        group = [[rng.randrange(3 if share else V) for _ in range(rng.randint(1, 9))] for _ in range(5)]
+        group[4] = list(group[1])
+        packed, n = pack(group, 9)
+        packed[0], n[0] = packed[3], rng.randint(1, len(group[3]))  # stops where another goes on, with junk behind
+        tokens, lengths = [*tokens, packed], [*lengths, n]
+    tokens, lengths = torch.stack(tokens), torch.stack(lengths)
+    wanted = int(prompts.valid.sum())
+    for group, ends in zip(tokens.tolist(), lengths.tolist()):
+        wanted += len({tuple(row[:t]) for row, n in zip(group, ends) for t in range(1, n)})
+    model.language_model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    logp = model.response_logp(prompts, tokens, lengths)
+    assert seen == [wanted] and wanted < 15 + int((lengths - 1).sum())
+    for i, k in itertools.product(range(3), range(5)):
+        n = lengths[i, k]
+        near(logp[i, k, :n], alone(model, prompts.x[i][prompts.valid[i]], tokens[i, k, :n])[1])
+        assert not logp[i, k, n:].any()
+
+
+def test_logits_in_parts_are_the_same():
+    model, hidden, tokens = make_model(seed=1), randn(11, 24).requires_grad_(), (V * rand(11)).long()
+    weights = [hidden, model.language_model.model.embed_tokens.weight]  # tied
+    whole, parts = (model.token_logp(hidden, tokens, held) for held in (2**25, 3 * V))
+    near(whole, parts)
+    near(*(torch.autograd.grad((x * x).sum(), weights) for x in (whole, parts)), atol=1e-4)
+
+
 def test_attention_kernels_may_lay_out_memory_as_they_like(monkeypatch):
     """CUDA's memory-efficient kernel returns (B, H, S, D) that lies in memory as (B, S, H, D)."""
     model, prompts, tokens = make_model(), make_prompts([4, 9, 2], "left"), (V * rand(3, 4, 7)).long()
@@ -2155,6 +2187,20 @@ def test_two_processes_are_one(first_run, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
     for name, tensor in adapter(tmp_path / "one").items():
         torch.testing.assert_close(adapter(tmp_path / "two")[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_old_logp_of_the_sampler_is_as_good_as_a_rescoring(first_run, tmp_path):
+    """In float32: the same training; the first ratio is 1 to rounding with the sampler's and exactly with --rescore."""
+    flags = [*TINY, "--base", str(base_of(first_run)), "--steps", "3", "--update-prompts", "4", "--micro-prompts", "4"]
+    for name in ("sampler", "--rescore"):
+        train.main([*flags, "--out", str(tmp_path / name), *[name] * name.startswith("--")])
+    sampler, rescored = (metrics(tmp_path / name) for name in ("sampler", "--rescore"))
+    for a, b in zip(sampler, rescored):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+        assert a["first_ratio_gap"] < 1e-5 and b["first_ratio_gap"] == 0
+    assert any(a["first_ratio_gap"] > 0 for a in sampler)
+    for name, tensor in adapter(tmp_path / "sampler").items():
+        torch.testing.assert_close(adapter(tmp_path / "--rescore")[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch):
