@@ -39,6 +39,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import peft
 import torch
@@ -437,6 +438,17 @@ def clocked(run, device: str, times: int = 5) -> float:
     return min(took[1:])
 
 
+def without_folding(ours: Ours, repeats: int) -> dict[str, float]:
+    """Our seconds where what responses share is computed for each of them, as it stands in the padded batch."""
+
+    def every_copy(tokens, real):
+        return real, torch.arange(tokens[0].numel(), device=tokens.device).expand(len(tokens), -1)
+
+    with mock.patch.object(leaf, "first_copies", every_copy):
+        took = [ours.step() for _ in range(repeats + 1)][1:]
+    return {part: median(t[part] for t in took) for part in ("reference", "update")}
+
+
 def rates(ours: Ours, seconds: dict[str, float], dtype) -> dict:
     """How near our update is to the rate of a matrix product here, and our sampler to that of copying memory."""
     device, text = ours.device.type, ours.model.language_model
@@ -520,6 +532,9 @@ def bench(shape: str, args) -> dict:
                 took["step, old log-probs kept"] = took["step"] - took["old log-probs"]
         seconds = {name: {part: median(t[part] for t in steps) for part in steps[0]} for name, steps in repeats.items()}
         found = rates(sides["ours"], seconds["ours"], dtype)
+        unfolded = found["without folding"] = without_folding(sides["ours"], args.repeats)
+        print("our time without folding prefixes, to that with: "
+              + ", ".join(f"{part} {x / seconds['ours'][part]:.2f}" for part, x in unfolded.items()))  # fmt: skip
         del sides, side
         names = tqdm(SIDES, desc="memory", leave=False)
         memory = {name: in_a_process(name, folder, args) for name in names}
@@ -579,7 +594,7 @@ def scale(args):
             with tempfile.TemporaryDirectory() as folder:
                 prepare("small", work, Path(folder), None, args.device, getattr(torch, args.dtype))
                 for name in ("ours", "tuned"):
-                    point[name] = in_a_process(name, folder, args, steps=3)
+                    point[name] = in_a_process(name, folder, args, steps=5)
             path.write_text(json.dumps(result, indent=2) + "\n")
     curves = {axis: [points[str(replace(base, **{axis: value}))] for value in AXES[axis]] for axis in AXES}
     print("| | | ours, s | tuned, s | tuned/ours | ours, GB | tuned, GB | tuned/ours |\n" + "|---" * 8 + "|")
@@ -602,6 +617,8 @@ def plot(curves: dict):
             label = {"ours": "this repository", "tuned": "transformers + PEFT, tuned"}[name]
             rows[0, column].loglog(AXES[axis], [median(p[name]["seconds"]) for p in curve], style, label=label)
             rows[1, column].loglog(AXES[axis], [p[name]["memory_gb"] for p in curve], style)
+        rows[1, column].set_xticks(AXES[axis], map(str, AXES[axis]))
+        rows[1, column].minorticks_off()
         rows[1, column].set_xlabel({"audio": "seconds of audio", "tokens": "tokens per response"}.get(axis, axis))
     rows[0, 0].set_ylabel("seconds per step")
     rows[1, 0].set_ylabel("GB added by a step")
