@@ -998,6 +998,20 @@ def test_lora_off_is_the_base_bit_for_bit():
         assert not torch.allclose(base, adapted, atol=1e-2)
 
 
+def test_lora_rounded_once_is_lora_rounded_each_time():
+    """In bfloat16, to the bit; afterwards, and after an exception, adapters count as they are again."""
+    model = make_model(scale=0.1).bfloat16()
+    shake_lora(model)
+    plain = forward(model, MEL.bfloat16())
+    with pytest.raises(KeyError), lora.lora_rounded(model):
+        same(forward(model, MEL.bfloat16()), plain)
+        for parameter in lora.lora_parameters(model).values():
+            parameter.data.zero_()
+        same(forward(model, MEL.bfloat16()), plain)
+        raise KeyError
+    assert not torch.equal(forward(model, MEL.bfloat16()), plain)
+
+
 def test_lora_targets():
     """The pattern names the decoder; plain suffixes also hit the Conformer's feed-forwards; refusals change nothing."""
     model, names, layers = make_model(), shake_lora(make_model()), itertools.product((0, 1), PLAIN)
