@@ -6,6 +6,7 @@ Every result is held against something independent: brute force, transformers, P
 same computation done the slow way. A few minutes on two CPU cores; no network.
 """
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -33,6 +34,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import leaf
@@ -784,6 +792,54 @@ def test_responses_end_at_the_first_eos():
             assert model.sample(prompts[[i]], u[[i], k : k + 1], eos).lengths.item() == n == len(calls)
     junk = torch.where(rollout.mask, rollout.tokens, (rollout.tokens + 5) % V)
     near(*(model.response_logp(prompts, x, rollout.lengths) for x in (rollout.tokens, junk)))
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses tensors that are not on CUDA: a copy from the host may wait, which fake tensors do not."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        places = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        assert places <= {"cuda"}, f"{function} on {places}"
+        return out
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 0.9), (0.7, 1.0), (0.0, 1.0)])
+def test_a_cuda_graph_can_hold_the_sampler(temperature, top_p, monkeypatch):
+    """On tensors of a GPU that have no contents, so that whatever waits for some raises, and whatever mixes devices.
+    The third token on is captured once and replayed, up to the end; without graphs, the decoder runs for each."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        assert isinstance(graph, Graph)
+        with OnDevice():
+            yield
+        calls.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = SpeechLM(odd_config(2)).eval()
+            weights = {name: torch.empty(w.shape, dtype=torch.bfloat16) for name, w in model.state_dict().items()}
+            model.load_state_dict(weights, assign=True)
+            lora.apply_lora(model, r=3, alpha=6.0)  # contents, B's included, are unknown: none can be skipped
+            prompts = Prompts(torch.empty(3, 5, 24, dtype=torch.bfloat16), torch.ones(3, 5, dtype=torch.bool))
+            noise = torch.empty(3, 4, 8)  # of 9 tokens and more, every eighth waits: have all ended?
+        model.language_model.model.register_forward_hook(lambda *_: calls.append("decoder"))
+        for model.cuda_graph in (True, False):
+            calls.clear()
+            rollout = model.sample(prompts, noise, 2, temperature, top_p)
+            assert calls == (["decoder"] * 3 + ["captured"] + ["replay"] * 6 if model.cuda_graph else ["decoder"] * 8)
+            assert {x.device.type for x in vars(rollout).values()} == {"cuda"} and rollout.tokens.shape == (3, 4, 8)
+        for waits in (lambda: rollout.lengths.max().item(), lambda: bool(rollout.mask.all()), rollout.mask.nonzero):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                waits()
 
 
 @torch.no_grad()

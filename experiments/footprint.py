@@ -12,16 +12,21 @@ With a GPU all of it is MEASURED, with PyTorch's own counters. Without one it is
 Memory: the same functions run on fake tensors of the true shapes, which have a size but no contents, through all
 layers, and a meter adds up what is alive at every operation of forward (float32 copies of the logits included),
 backward and optimiser. They take the CPU's path; its fused attention keeps for the backward pass what CUDA's fused
-kernels keep: queries, keys, values, output, mask, and a number per row. A fake rollout stops after its first token, by
-when cache, prefill and logits were there, all that is large in it. Not counted: memory inside kernels, fragmentation
-and CUDA's context, for which the column "with allowance" adds a tenth and 0.5 GB.
+kernels keep: queries, keys, values, output, mask, and a number per row. Where the CPU's differ or ask for contents,
+replacements stand in. No token is padding, and no two responses share a prefix: the largest case. A fake rollout stops
+after its second token, by when cache, prefill and logits were there, all that is large in it. Not counted: memory
+inside kernels, what the allocator holds for a CUDA graph, fragmentation and CUDA's context, for which the column "with
+allowance" adds a tenth and 0.5 GB.
 
 Time: references and updates are their floating-point operations, also counted by the meter, at 40% of the GPU's
-published dense bf16 rate. A decoding step reads the decoder's weights, LoRA (float32, and a bf16 copy, written and
-read) and half of the final cache at the published bandwidth. None is taken to be faster than Python launches the
-kernels, which is measured: the same functions, for real, on this machine's CPU, with 40 layers too narrow for the
-arithmetic to matter; rather more than launches take from a fast processor. Not counted: rewards, credit, hearing
-(once per recording, not per step), and what an update's kernels read and write, which tells where bandwidth is low.
+published dense bf16 rate, and not faster than Python launches the kernels, which is measured: the same functions, for
+real, on this machine's CPU, with 40 layers too narrow for the arithmetic to matter; rather more than launches take from
+a fast processor. So long, too, take a rollout's first two tokens and the capture of a CUDA graph; then the graph is
+replayed. A replayed token reads the decoder's weights, LoRA in bf16 and the whole cache at the published bandwidth, and
+is not faster than its kernels start: one for each operator that makes or writes a tensor, counted by the meter, at 2.5
+microseconds, which is an ASSUMPTION and was measured nowhere. Not counted: rewards, credit, hearing (once per
+recording, not per step), what a draw reads and writes, and what an update's kernels do, which tells where bandwidth is
+low.
 """
 
 import argparse
@@ -41,7 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -68,21 +73,25 @@ SHAPES = {
 NARROW = replace(SpeechConfig.compact(64, 42, 63), text_config=TextConfig(64, 32, 32, 40, 2, 1))
 # GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, its Ada white paper for the RTX 4090.
 GPUS = {"RTX 4090": (24, 1008, 165.2e12), "L40S": (48, 864, 362.05e12), "H100 SXM": (80, 3350, 989.4e12)}
+LAUNCH = 2.5e-6  # seconds from one kernel of a CUDA graph to the next, where they are short: assumed
 PROMPTS, RESPONSES, TOKENS, AUDIO, TEXT = 6, 8, 200, 15, 50
 PARTS = ("hearing", "sampling", "reference", "update")
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of tensors alive and their peak, and floating-point operations."""
+    """Bytes of tensors alive and their peak, floating-point operations, and operators that make or write a tensor."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.flops, self.seen = 0, 0, 0, weakref.WeakSet()
+        self.live, self.peak, self.flops, self.kernels, self.seen = 0, 0, 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            if storage not in self.seen:
+        storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        made = [storage for storage in storages if storage not in self.seen]
+        self.kernels += func._schema.is_mutable or bool(made) and "empty" not in func.__name__
+        for storage in made:
+            if storage not in self.seen:  # two outputs may lie in one
                 self.seen.add(storage)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
@@ -185,10 +194,50 @@ def batch_norm(self, x, mask):
     return torch.zeros_like(x) + nn.BatchNorm1d.forward(self, x.flatten(0, 1)).view_as(x)
 
 
+class RMSNorm(torch.autograd.Function):
+    """As on CUDA: one kernel, which keeps its input and a number per row; the CPU's many keep copies in float32."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone(), None, None, None
+
+
+def nonzero(x):
+    """As where nothing is zero: no padding, and no prefix that responses share."""
+    return torch.arange(x.numel())[:, None]
+
+
+def ascending(q):
+    """As on CUDA."""
+    return q.sort(-1).values
+
+
 def compute(config: SpeechConfig, host: dict) -> dict:
-    """Memory of each part, and its seconds on every GPU that has so much; host: the least seconds of a part."""
-    patches = mock.patch.object(F, "dropout", dropout), mock.patch.object(MaskedBatchNorm, "forward", batch_norm)
-    with FakeTensorMode(), Meter() as meter, patches[0], patches[1]:
+    """Memory of each part, and its seconds on every GPU that has so much; host: seconds that Python takes, for sampling
+    a token's, for others the least of the part."""
+    asked = []  # operators so far, whenever sample() asked whether all responses have ended: not after the first token
+
+    def have_ended(done):
+        asked.append(meter.kernels)
+        return len(asked) > 1
+
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.object(F, "dropout", dropout),
+            mock.patch.object(F, "rms_norm", RMSNorm.apply),
+            mock.patch.object(MaskedBatchNorm, "forward", batch_norm),
+            mock.patch.object(torch.Tensor, "nonzero", nonzero),
+            mock.patch.object(torch.Tensor, "all", have_ended),
+            mock.patch.object(leaf, "ascending", ascending),
+            FakeTensorMode(),
+        ):
+            stack.enter_context(patch)
+        meter = stack.enter_context(Meter())
         model, adam = build(config, "cpu")
         c, text = config.text_config, model.language_model
         lora = sum(p.numel() for p in lora_parameters(model).values())
@@ -207,18 +256,18 @@ def compute(config: SpeechConfig, host: dict) -> dict:
             ("update", lambda: update(model, adam, *one, ref_logp)),  # again, now that AdamW's moments are there
         ):
             meter.peak, meter.flops = meter.live, 0
-            with contextlib.suppress(DataDependentOutputException):  # have all ended? Nothing a fake tensor knows
-                run()
+            run()
             peak[name], flops[name] = meter.peak / 1e9, meter.flops * PROMPTS
     width = c.num_key_value_heads * text.model.layers[0].self_attn.head_dim
-    cache = 2 * 2 * c.num_hidden_layers * width * PROMPTS * (prompts.x.shape[1] + RESPONSES * TOKENS)
-    seconds = {}
+    cache = 2 * 2 * c.num_hidden_layers * width * PROMPTS * RESPONSES * (prompts.x.shape[1] + TOKENS)
+    kernels, seconds = asked[1] - asked[0], {}
     for gpu, (memory, bandwidth, rate) in GPUS.items():
         if 1.1 * max(peak.values()) + 0.5 <= memory:
             least = {name: flops[name] / (0.4 * rate) for name in ("reference", "update")}
-            least["sampling"] = TOKENS * (2 * decoder + 8 * lora + cache / 2) / 1e9 / bandwidth
-            seconds[gpu] = {name: max(host[name], least[name]) for name in PARTS[1:]}
-    sizes = {"parameters": parameters, "decoder": decoder, "lora": lora, "cache_gb": cache / 1e9}
+            token = max(LAUNCH * kernels, (2 * decoder + 2 * lora + cache) / 1e9 / bandwidth)
+            seconds[gpu] = {"sampling": 3 * host["sampling"] + (TOKENS - 2) * token}  # two tokens and the capture
+            seconds[gpu] |= {name: max(host[name], least[name]) for name in PARTS[2:]}
+    sizes = {"parameters": parameters, "decoder": decoder, "lora": lora, "cache_gb": cache / 1e9, "kernels": kernels}
     tflop = {name: flops[name] / 1e12 for name in PARTS[2:]}
     return {**sizes, "peak_gb": peak, "tflop": tflop, "seconds": seconds}
 
@@ -288,7 +337,7 @@ def main():
         step = result["step"] = {"how": "measured" if gpu else "computed", "machine": machine, "shapes": {}}
         if not gpu:
             host = step["host_seconds"] = measure(NARROW, "cpu", 1, 20)["seconds"]
-            host["sampling"] *= TOKENS / 20
+            host["sampling"] /= 20  # of a token
         for name, config in tqdm(SHAPES.items()):
             with contextlib.suppress(torch.OutOfMemoryError):  # then it is not in the table
                 step["shapes"][name] = measure(config, "cuda", AUDIO, TOKENS) if gpu else compute(config, host)
