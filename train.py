@@ -162,7 +162,7 @@ def fit(stage: str, folder: Path, steps: int, named: dict, optimizer, cfg: Confi
                 os.fsync(log.fileno())
                 data.save_checkpoint(checkpoints, step + 1, named, optimizer)
             if stopping:
-                print(f"saved step {step + 1} of {steps} in {checkpoints}; the same command goes on from there")
+                tqdm.write(f"saved step {step + 1} of {steps} in {checkpoints}; the same command goes on from there")
                 raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
 
 
@@ -610,7 +610,7 @@ def main(argv=None):
         return evaluate_only(cfg, folder, device, dtype)
     if WORLD > 1:  # without an early time-out: the others wait while the first trains a base, or evaluates
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-    with contextlib.redirect_stdout(None) if RANK else contextlib.nullcontext():  # one speaks
+    with contextlib.redirect_stdout(open(os.devnull, "w")) if RANK else contextlib.nullcontext():
         corpus = load_rows(cfg)  # checked whole before anything is written
         with contextlib.nullcontext() if RANK else data.lock(folder, wait=False):
             run(cfg, corpus, device, dtype, began)
