@@ -3,7 +3,7 @@
 GRPO scores each response once and gives that number to all of its tokens. LEAF uses the same K responses and the
 same K rewards, but looks back at where the responses part:
 
-    1. rollouts       K responses o_i with per-token surprisal s_i(t) and one terminal reward r_i (from the caller)
+    1. rollouts       K responses o_i with per-token surprisal s_i(t) and one terminal reward r_i           draw
     2. boundaries     the B most surprising positions, well apart                           select_boundaries
     3. tree           at each boundary, responses with the same prefix form a node          build_tree
     4. span credit    global + local advantage of the node at which a span ends             leaf_advantages
