@@ -112,6 +112,14 @@ def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]
     return sorted(b for b in spots if b >= max(1, min_prefix))
 
 
+def choose_boundaries(how: str, surprisal, lengths, fork_budget: int = 2, min_prefix: int = 1) -> list[int]:
+    """By "surprisal" as LEAF does, or as its ablations do: "random" (from torch's global generator) or "even"."""
+    if how == "surprisal":
+        return select_boundaries(surprisal, lengths, fork_budget, min_prefix)
+    choose = {"random": random_boundaries, "even": even_boundaries}[how]
+    return choose(lengths, fork_budget, min_prefix=min_prefix)
+
+
 def _keep_apart(ranked: list[int], budget: int, distance: int) -> list[int]:
     """Walk down the ranking and keep what is at least `distance` from everything kept, until `budget` are kept."""
     kept: list[int] = []

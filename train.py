@@ -92,6 +92,7 @@ class Config:
     # LEAF
     fork_budget: int = flag(2, "B, boundaries per prompt", least=0)
     min_prefix: int = flag(1, "earliest boundary")
+    boundaries: str = flag("surprisal", "where to cut; the others are ablations", ("surprisal", "random", "even"))
     terms: str = flag("both", "advantage terms", ("both", "global", "local"))
     multiplicity: bool = flag(True, "divide a shared span's credit by the root of how many share it")
     # GRPO
@@ -358,7 +359,7 @@ usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"""
 
 def credit(cfg: Config, tokens, lengths, surprisal, rewards):
     """One prompt's (K, T) advantages and its fork statistics."""
-    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
+    boundaries = leaf.choose_boundaries(cfg.boundaries, surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
     forks = leaf.fork_stats(tokens, lengths, rewards, boundaries)
     if cfg.algo == "grpo":
         advantages = leaf.grpo_advantages(rewards, lengths, cfg.std_floor)
@@ -368,9 +369,12 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards):
     ), forks
 
 
-def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, validation: data.Split, folder):
-    """LoRA trained by LEAF or GRPO; one step is one rollout batch and its updates."""
-    parameters = lora_parameters(model)
+def train_policy(cfg: Config, model, tokenizer, train, validation, folder, parameters=None, reference=lora_disabled):
+    """LoRA, or other parameters by name, trained by LEAF or GRPO; one step is one rollout batch and its updates.
+
+    train and validation are data.Splits; with reference(model) entered, the model is the KL reference.
+    """
+    parameters = parameters or lora_parameters(model)
     updater = Updater(parameters.values(), cfg)
     updates_per_step, own = cfg.prompts // cfg.update_prompts, cfg.update_prompts // WORLD  # prompts of an update
     mine = [n for n in range(cfg.prompts) if n % cfg.update_prompts // own == RANK]  # of a rollout batch
@@ -412,7 +416,7 @@ def train_policy(cfg: Config, model: SpeechLM, tokenizer, train: data.Split, val
         with torch.no_grad():
             if cfg.rescore:
                 old_logp = score()
-            with lora_disabled(model):
+            with reference(model):
                 ref_logp = score()
         for layer in lora_layers(model).values():
             layer.train()  # its dropout, and nobody else's
@@ -503,7 +507,7 @@ def ask(cfg: Config, audio: str, question: str, samples: int, reference: str, de
     tokens, lengths, surprisal = rollout.tokens[0].cpu(), rollout.lengths[0].cpu(), -rollout.logq[0].cpu()
     rows = [t[:n].tolist() for t, n in zip(tokens, lengths)]
     rewards = data.rewards(list(map(tokenizer.decode, rows)), [row] * samples) if reference else [0.0] * samples
-    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
+    boundaries = leaf.choose_boundaries(cfg.boundaries, surprisal, lengths, cfg.fork_budget, cfg.min_prefix)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
     advantages, _ = credit(cfg, tokens, lengths, surprisal, rewards)
     known = (rewards, nodes, advantages.tolist()) if reference else (None, nodes)
