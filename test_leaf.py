@@ -48,6 +48,7 @@ import lora
 import train
 from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
 from data import AUDIO, DataError, read_json
+from experiments import compare
 from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask its hub about the base model
@@ -2641,3 +2642,110 @@ def test_noise_is_keyed_by_prompt_and_response():
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     rates = [leaf.learning_rate(2.0, 0.1, 0.1, p) for p in (0.05, 0.1, 0.55, 1.0)]
     assert rates == pytest.approx([1.0, 2.0, 2.0 * (0.1 + 0.9 * 0.5), 0.2])
+
+
+# ---- experiments/ ---------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_students_over_bases():
+    """The quantiles against the density itself; ten runs of one base count as one."""
+    for df, quantile in compare.T.items():
+        x = torch.linspace(0, quantile, 20001, dtype=torch.float64)
+        log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        density = math.exp(log_scale) * (1 + x**2 / df) ** (-(df + 1) / 2)
+        assert 0.5 + torch.trapezoid(density, x).item() == pytest.approx(0.975, abs=3e-5)
+    mean, half = compare.interval({0: [1.0] * 10, 1: [2.0], 2: [2.5, 3.5], 3: [4.0]})
+    assert (mean, half) == pytest.approx((2.5, compare.T[3] * math.sqrt(5 / 3) / 2))
+
+
+def a_result(method, base, seed, score, stage="main", **more):
+    return {"stage": stage, "task": "qa", "method": method, "base": base, "seed": seed, "lr": 1e-3, **more} | {
+        "test": {m: score for m in compare.METRICS}
+    }
+
+
+def test_differences_are_paired_by_base_and_seed():
+    rng, lines = random.Random(0), []
+    for base, seed in itertools.product(range(4), range(5)):
+        luck = rng.uniform(0, 50)  # what a base and a seed bring cancels
+        lines += [a_result("LEAF", base, seed, luck + 2 + base), a_result(compare.BASELINE, base, seed, luck)]
+    lines.append(a_result("LEAF", 0, 77, 1e6))  # without a partner
+    rng.shuffle(lines)
+    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in lines}
+    half = compare.T[3] * math.sqrt(5 / 3) / 2
+    found = compare.paired(runs, "qa", "LEAF", compare.BASELINE, compare.METRICS[0])
+    assert found == f"+3.50 ± {half:.2f}"
+
+
+def test_the_best_rate_is_the_best_mean_at_the_end():
+    at_end = {1e-3: (50, 60), 2e-3: (40, 71), 4e-3: (80, 20)}
+    runs = [
+        {"task": "qa", "method": "LEAF", "lr": lr, "validation": {"25": 99.0, "50": float(score)}}
+        for lr, scores in at_end.items()
+        for score in scores
+    ]
+    assert compare.best_rates(runs) == {("qa", "LEAF"): 2e-3}
+
+
+def test_forks_are_counted_by_phase_and_place():
+    rng = random.Random(1)
+    forks = [
+        [
+            dict(place=rng.random() * 1.2, fires=rng.random() < 0.5, usable=False, group_size=3, reward_spread=0.5)
+            for _ in range(rng.randint(0, 3))
+        ]
+        for _ in range(200)
+    ]
+    cells = {(c["phase"], c["place"]): c for c in compare.forkability(forks)}
+    assert sum(c["boundaries"] for c in cells.values()) == sum(map(len, forks))
+    third = [f for report in forks[80:120] for f in report if 0.25 <= f["place"] < 0.5]  # phase 2 of 5, place 1 of 4
+    assert cells[2, 1]["boundaries"] == len(third)
+    assert cells[2, 1]["fires"] == pytest.approx(fmean(f["fires"] for f in third), abs=1e-4)
+
+
+def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeypatch):
+    """In miniature: bases, rates on validation alone, then LEAF and GRPO from the same rollouts; a line for each."""
+    tiny = dict(train_rows=24, validation_rows=4, test_rows=6, ctc_steps=1, sft_steps=2, base_batch=4, eval_passes=1)
+    loop = dict(steps=4, prompts=2, responses=4, update_prompts=1, eval_every=2, max_new_tokens=6, device="cpu")
+    monkeypatch.setattr(compare, "RUN", tiny | loop)
+    monkeypatch.setattr(compare, "BASES", range(1))
+    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, rate_bases=1, ablation_seeds=1)
+    with pytest.raises(data.UserError, match="rates first"):
+        compare.plan(args, "main")
+    compare.make_base(args, "qa", 0)
+    with monkeypatch.context() as m:
+        m.setattr(train, "evaluate", lambda *_: pytest.fail("the test split was touched to choose a learning rate"))
+        for job in compare.plan(args, "rates"):
+            compare.run(args, *job)
+    assert len(compare.finished(args, "rates")) == len(compare.RATES) * len(compare.MAIN)
+    jobs = [job for job in compare.plan(args, "main") if job[4] == 3]
+    assert [job[2] for job in jobs] == list(compare.MAIN)
+    for job in jobs:
+        compare.run(args, *job)
+    leaf_run, *grpo_runs = sorted(compare.finished(args, "main"), key=lambda r: r["method"] != "LEAF")
+    assert all("BLEU greedy" in r["test"] for r in (leaf_run, *grpo_runs))
+    assert {r["curves"]["reward"][0] for r in grpo_runs} == {leaf_run["curves"]["reward"][0]}  # before any update
+    assert [f.name for f in (tmp_path / "main").iterdir() if f.is_dir()] == []
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    compare.keep(args)
+    lines = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    compare.report(lines)
+    made = {f"{name}.{kind}" for name in ("compare", "forks") for kind in ("png", "svg")}
+    assert made <= {f.name for f in tmp_path.iterdir()} and "| qa | LEAF |" in (tmp_path / "compare.md").read_text()
+
+
+def test_every_method_of_the_comparison_is_flags_of_train():
+    """And gives credit that differs from LEAF's on rollouts where it can."""
+    rng, seen = random.Random(2), set()
+    for method, flags in compare.ALL.items():
+        cfg = train.Config(**flags)
+        assert cfg.prompts * cfg.responses == 64 and cfg.prompts == 2 * cfg.update_prompts, method
+        rng.seed(2)
+        torch.manual_seed(0)
+        rows = [[rng.randint(1, 2) for _ in range(20)] for _ in range(6)]
+        tokens, lengths = pack([[1] * 6 + row for row in rows] + [[1] * 6 + rows[0][:10] + [2] * 10] * 2)
+        surprisal = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3))
+        advantages, _ = train.credit(cfg, tokens, lengths, surprisal, [rng.random() for _ in lengths])
+        if ", K" not in method:
+            seen.add(tuple(advantages.flatten().tolist()))
+    assert len(seen) == len(compare.METHODS)

@@ -370,10 +370,7 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards):
 
 
 def train_policy(cfg: Config, model, tokenizer, train, validation, folder, parameters=None, reference=lora_disabled):
-    """LoRA, or other parameters by name, trained by LEAF or GRPO; one step is one rollout batch and its updates.
-
-    train and validation are data.Splits; with reference(model) entered, the model is the KL reference.
-    """
+    """LoRA (or parameters, by name) trained by LEAF or GRPO against reference(model): rollout batches and updates."""
     parameters = parameters or lora_parameters(model)
     updater = Updater(parameters.values(), cfg)
     updates_per_step, own = cfg.prompts // cfg.update_prompts, cfg.update_prompts // WORLD  # prompts of an update

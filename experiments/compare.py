@@ -1,0 +1,428 @@
+"""LEAF against GRPO, and LEAF against parts of itself: methods x bases x seeds, paired, resumable.
+
+    python -m experiments.compare bases rates main ablations   # the work, stage by stage, below --out
+    python -m experiments.compare keep report                  # copy what is finished; tables and figures from that
+
+Paired runs share everything but the method: the base, the data order, the noise of the rollouts, LoRA's first weights
+and the number of sampled responses. A stage leaves a JSON per finished run; the same command goes on with the rest.
+
+    bases      a base per task and base seed; its audio embeddings are kept in files, so that a run starts at once
+    rates      learning rates of the main methods, on the validation split alone, with a seed that no other stage uses
+    main       tasks x main methods x bases x seeds, each method at its own best rate of its task
+    ablations  on the first task, at LEAF's rate; those of GRPO at GRPO's
+
+    keep       the finished runs, a line each, in experiments/results/compare.jsonl
+    report     from that file alone: compare.md, and the figures compare and forks as PNG and SVG
+
+Run processes as many as there are cores: each computes with one thread, so a result does not depend on how many run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+import data
+import train
+from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, with_responses
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("qa", "translation", "asterisk")
+BASES, SEEDS, RATE_SEED = range(4), range(5), 100
+RATES = (1e-3, 2e-3, 4e-3)
+RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
+CORPUS_BASE = {"ctc_steps": 300, "sft_steps": 800}  # real speech is harder to learn than the default's
+OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in (4, 16) for name in ("LEAF", BASELINE)}
+ALL = METHODS | OF_K
+PHASES, PLACES = 5, 4  # of training, and of a response's length, in which forkability is counted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def config(args, task: str, base: int, **overrides) -> train.Config:
+    """Train.py's configuration of a run; the default corpus is the synthetic one."""
+    own = {"data": str(args.corpus), **CORPUS_BASE} if task == "asterisk" else {"task": task}
+    return train.Config(**{**RUN, **own, "base": f"{args.out}/base-{task}-seed{base}", "base_seed": base, **overrides})
+
+
+def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, data.Split]:
+    """The splits, with audio embeddings from a file beside the base."""
+    splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in train.load_rows(cfg).items()}
+    for name, split in splits.items():
+        split.project(model, tokenizer)
+        file = cfg.base_folder / f"{name}.pt"
+        if not file.exists():
+            sounds = [sound.clone() for sound in split.sounds(list(range(len(split.rows))))]
+            torch.save(sounds, file.with_suffix(".part"))
+            os.replace(file.with_suffix(".part"), file)
+        kept = torch.load(file, map_location=device)
+        split.sounds = lambda indices, kept=kept: [kept[i] for i in indices]
+    return splits
+
+
+def make_base(args, task: str, base: int):
+    """Train a base, and measure it."""
+    cfg = config(args, task, base)
+    device, dtype = train.pick(cfg)
+    train.make_base(cfg, data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb), cfg.base_folder, device)
+    model, tokenizer = train.load(cfg, device, dtype)
+    splits = hear(cfg, model, tokenizer, device)
+    result = {"task": task, "base": base, "validation": bleu(model, tokenizer, splits["validation"], cfg)}
+    result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, cfg.base_folder / "predictions.jsonl")
+    data.write_json(args.out / "bases" / f"{task}-base{base}.json", result)
+
+
+def bleu(model, tokenizer, split, cfg) -> float:
+    """Corpus BLEU of greedy answers."""
+    references = [row["reference"] for row in split.rows]
+    return data.corpus_bleu(train.answer(model, tokenizer, split, cfg), references, lowercase=True)
+
+
+def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: float):
+    """Train and measure one policy; the test split is only touched where the result is reported."""
+    file = run_file(args, stage, task, method, base, seed, lr)
+    folder = file.with_suffix("")
+    cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **ALL[method])
+    device, dtype = train.pick(cfg)
+    began, cpu = time.perf_counter(), time.process_time()
+    model, tokenizer = train.load(cfg, device, dtype)
+    splits = hear(cfg, model, tokenizer, device)
+    train.adapt(cfg, model)
+    prepared, forks, credit = time.perf_counter(), [], train.credit
+
+    def recorded(cfg, tokens, lengths, surprisal, rewards):
+        advantages, report = credit(cfg, tokens, lengths, surprisal, rewards)
+        length = lengths.float().mean().item()
+        forks.append([fork | {"place": fork["position"] / length} for fork in report])
+        return advantages, report
+
+    with mock.patch.object(train, "credit", recorded):
+        train.train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder)
+    trained = time.perf_counter()
+    lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
+    result = {
+        "stage": stage, "task": task, "method": method, "base": base, "seed": seed, "lr": lr,
+        "config": asdict(cfg) | {"out": "", "base": cfg.base_folder.name, "data": bool(cfg.data)},
+        "validation": {line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line},
+        "curves": {name: thin([line[name] for line in lines]) for name in ("reward", "kl", "usable_fork_fire")},
+        "forks": forkability(forks),
+        "seconds": {"preparation": prepared - began, "training": trained - prepared},
+        "cpu_seconds": time.process_time() - cpu,
+    }  # fmt: skip
+    if stage != "rates":
+        result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, folder / "predictions.jsonl")
+    data.write_json(file, result)
+    shutil.rmtree(folder)
+
+
+def thin(values: list[float], points: int = 20) -> list[float]:
+    """Means of about so many equal parts of a curve."""
+    size = max(1, len(values) // points)
+    return [round(statistics.fmean(values[i : i + size]), 4) for i in range(0, len(values), size)]
+
+
+def forkability(forks: list[list[dict]]) -> list[dict]:
+    """leaf.fork_stats by phase of training and by place in the response; forks: one list for each prompt, in order."""
+    cells = {}
+    for n, report in enumerate(forks):
+        for fork in report:
+            cell = PHASES * n // len(forks), min(PLACES - 1, int(PLACES * fork["place"]))
+            cells.setdefault(cell, []).append(fork)
+    names = "fires", "usable", "group_size", "reward_spread"
+    return [
+        {"phase": phase, "place": place, "boundaries": len(cell)}
+        | {name: round(statistics.fmean(fork[name] for fork in cell), 4) for name in names}
+        for (phase, place), cell in sorted(cells.items())
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text.lower().replace("=", "")).strip("-")
+
+
+def run_file(args, stage, task, method, base, seed, lr) -> Path:
+    return args.out / stage / f"{task}-{slug(method)}-lr{lr:g}-base{base}-seed{seed}.json"
+
+
+def finished(args, stage: str) -> list[dict]:
+    return [data.read_json(file) for file in sorted((args.out / stage).glob("*.json"))]
+
+
+def at_end(result: dict) -> float:
+    """Validation BLEU after the last step."""
+    return list(result["validation"].values())[-1]
+
+
+def best_rates(runs: list[dict]) -> dict[tuple[str, str], float]:
+    """The rate with the best mean validation BLEU at the end, by (task, method)."""
+    scores = {}
+    for r in runs:
+        of_method = scores.setdefault((r["task"], r["method"]), {})
+        of_method.setdefault(r["lr"], []).append(at_end(r))
+    return {key: max(of, key=lambda lr: statistics.fmean(of[lr])) for key, of in scores.items()}
+
+
+def plan(args, stage: str) -> list[tuple]:
+    """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base before any twice."""
+    if stage == "rates":
+        cells = [(task, m, base, RATE_SEED) for task in args.tasks for base in BASES[: args.rate_bases] for m in MAIN]
+        return [(stage, *cell, lr) for cell in cells for lr in RATES]
+    rates = best_rates(finished(args, "rates"))
+    tasks, methods, seeds = args.tasks, MAIN, SEEDS
+    if stage == "ablations":
+        tasks, methods, seeds = args.tasks[:1], ABLATIONS | OF_K, SEEDS[: args.ablation_seeds]
+    kind = {name: name.split(", K")[0] if name in MAIN | OF_K else "LEAF" for name in methods}
+    kind["mean baseline"] = BASELINE
+    cells = [(task, m, base, seed) for task in tasks for seed in seeds for base in BASES for m in methods]
+    for task in tasks:
+        for m in MAIN:
+            if (task, m) not in rates:
+                raise data.UserError(f"no learning rate is known for {m} on {task}: run the stage rates first")
+    return [(stage, *cell, rates[cell[0], kind[cell[1]]]) for cell in cells]
+
+
+def work(args, stage: str):
+    """All runs of a stage that are not finished, several at a time."""
+    if stage == "bases":
+        jobs = [(make_base, args, task, base) for task in args.tasks for base in BASES
+                if not (args.out / "bases" / f"{task}-base{base}.json").exists()]  # fmt: skip
+    else:
+        jobs = [(run, args, *job) for job in plan(args, stage) if not run_file(args, *job).exists()]
+    os.environ["TQDM_DISABLE"] = "1"  # in the workers; read where tqdm is imported
+    context = multiprocessing.get_context("spawn")  # a child that is forked inherits threads' locks
+    with ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
+            future.result()
+
+
+def quiet():
+    """A worker computes with one thread and says nothing; its errors come through."""
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+def keep(args):
+    """All finished runs as lines of one small file; nothing that can be computed from them."""
+    runs = [r | {"stage": stage} for stage in ("bases", "rates", "main", "ablations") for r in finished(args, stage)]
+    for r in runs:
+        r.pop("config", None)
+        for name in ("ROUGE-L sampled", "slots, chance %", "exact match %"):
+            r.get("test", {}).pop(name, None)
+    rounded = json.loads(json.dumps(runs), parse_float=lambda x: round(float(x), 5))
+    (RESULTS / "compare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounded))
+    print(f"{len(runs)} runs in {RESULTS / 'compare.jsonl'}")
+
+
+# 97.5% quantiles of Student's t by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+
+
+def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
+    """Mean of the clusters' means and half the width of its 95% interval: runs of one base are not independent."""
+    means = [statistics.fmean(values) for values in clusters.values()]
+    if len(means) < 2:
+        return statistics.fmean(means), float("inf")
+    return statistics.fmean(means), T[len(means) - 1] * statistics.stdev(means) / len(means) ** 0.5
+
+
+def paired(runs: dict[tuple, dict], task: str, one: str, other: str, metric: str) -> str:
+    """The difference of two methods over the (base, seed) that both have, as text."""
+    clusters = {}
+    for (run_task, method, base, seed), r in runs.items():
+        partner = runs.get((task, other, base, seed))
+        if (run_task, method) == (task, one) and partner:
+            clusters.setdefault(base, []).append(r["test"][metric] - partner["test"][metric])
+    if one == other or not clusters:
+        return ""
+    mean, half = interval(clusters)
+    return f"{mean:+.2f} ± {half:.2f}"
+
+
+def column(runs: list[dict], metric: str) -> str:
+    values = [r["test"][metric] for r in runs]
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def report(lines: list[dict]):
+    """Tables to the terminal and to compare.md; figures."""
+    stages = {stage: [r for r in lines if r["stage"] == stage] for stage in ("bases", "rates", "main", "ablations")}
+    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in stages["main"] + stages["ablations"]}
+    text = "\n".join((rate_table(stages["rates"]), main_table(stages, runs), ablation_table(runs), fork_table(stages)))
+    (RESULTS / "compare.md").write_text(text)
+    print(text)
+    plot_curves(stages)
+    plot_forks(stages["main"])
+
+
+def rate_table(runs: list[dict]) -> str:
+    best, rows = best_rates(runs), []
+    rates = sorted({r["lr"] for r in runs})
+    for task, method in best:
+        row = [task, method]
+        for lr in rates:
+            own = [r for r in runs if (r["task"], r["method"], r["lr"]) == (task, method, lr)]
+            cell = f"{statistics.fmean(at_end(r) for r in own):.1f} ({len(own)})" if own else ""
+            row.append(f"**{cell}**" if lr == best[task, method] else cell)
+        rows.append(row)
+    return table(["validation BLEU (runs)", "method", *(f"{lr:g}" for lr in rates)], rows)
+
+
+def main_table(stages: dict, runs: dict) -> str:
+    rows = []
+    for task in TASKS:
+        bases = [r for r in stages["bases"] if r["task"] == task]
+        if bases:
+            rows.append([task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 4)
+        for method in MAIN:
+            own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
+            if own:
+                differences = [paired(runs, task, method, BASELINE, m) for m in METRICS]
+                plain = paired(runs, task, method, "GRPO, plain std", METRICS[1])
+                seconds = f"{statistics.fmean(r['seconds']['training'] for r in own):.0f}"
+                measured = [column(own, m) for m in METRICS]
+                rows.append([task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences[:2], plain, seconds])
+    header = "greedy − GRPO", "sampled − GRPO", "sampled − plain", "s"
+    return table(["task", "method", "lr", "runs", *METRICS, *header], rows)
+
+
+METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %"
+
+
+def ablation_table(runs: dict) -> str:
+    rows, task = [], TASKS[0]
+    for method in ("LEAF", *ABLATIONS, *OF_K):
+        own = [r for key, r in runs.items() if key[:2] == (task, method) and (task, "B=1", *key[2:]) in runs]
+        if own:
+            measured = [column(own, m) for m in METRICS[:2]]
+            against = [paired(runs, task, method, other, METRICS[1]) for other in ("LEAF", BASELINE)]
+            rows.append([method, f"{own[0]['lr']:g}", len(own), *measured, *against])
+    return table([task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"], rows)
+
+
+def fork_cells(runs: list[dict], by: str) -> list[dict]:
+    """Means over runs of leaf.fork_stats, weighted by boundaries, by "phase" or "place"."""
+    cells = []
+    for value in sorted({cell[by] for r in runs for cell in r["forks"]}):
+        own = [cell for r in runs for cell in r["forks"] if cell[by] == value]
+        count = sum(cell["boundaries"] for cell in own)
+        names = "fires", "usable", "group_size", "reward_spread"
+        means = {name: sum(cell[name] * cell["boundaries"] for cell in own) / count for name in names}
+        cells.append({by: value, "boundaries": count} | means)
+    return cells
+
+
+def fork_table(stages: dict) -> str:
+    rows = []
+    for task in TASKS:
+        own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, "LEAF")]
+        for by, parts in (("phase", PHASES), ("place", PLACES)):
+            for c in fork_cells(own, by):
+                part = f"{'training' if by == 'phase' else 'response'} {c[by] / parts:.0%} to {(c[by] + 1) / parts:.0%}"
+                share = c["boundaries"] / sum(cell["boundaries"] for cell in fork_cells(own, by))
+                rows.append([task, part, f"{share:.0%}", f"{c['fires']:.2f}", f"{c['usable']:.2f}",
+                             f"{c['group_size']:.1f}", f"{100 * c['reward_spread']:.1f}"])  # fmt: skip
+    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size", "reward spread x100"], rows)
+
+
+def save(figure, name: str):
+    figure.tight_layout()
+    for kind in ("png", "svg"):
+        figure.savefig(RESULTS / f"{name}.{kind}", dpi=130)
+
+
+def plot_curves(stages: dict):
+    import matplotlib.pyplot as plt  # nothing but figures needs it
+
+    tasks = [task for task in TASKS if any(r["task"] == task for r in stages["main"])]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        at_start = {r["base"]: r["validation"] for r in stages["bases"] if r["task"] == task}
+        for method in MAIN:
+            own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
+            steps = [0, *map(int, own[0]["validation"])]
+            values = torch.tensor([[at_start[r["base"]], *r["validation"].values()] for r in own])  # (runs, steps)
+            mean, std = values.mean(0), values.std(0, correction=min(1, len(own) - 1))
+            (line,) = axis.plot(steps, mean, marker="o", markersize=3, label=method)
+            axis.fill_between(steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0)
+        axis.set_title(f"{task}, {len(own)} runs each", fontsize=10)
+        axis.set_xlabel("steps of 64 responses")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("validation BLEU, greedy")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    save(figure, "compare")
+
+
+def plot_forks(runs: list[dict]):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), sharex="row")
+    shown = {"usable": "usable fork-fire rate", "group_size": "group size", "reward_spread": "reward spread"}
+    parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
+    for row, (by, parts, label) in zip(axes, parts_of):
+        for axis, (name, title) in zip(row, shown.items()):
+            for task in TASKS:
+                cells = fork_cells([r for r in runs if (r["task"], r["method"]) == (task, "LEAF")], by)
+                axis.plot([(c[by] + 0.5) / parts for c in cells], [c[name] for c in cells], "o-", label=task)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel(label)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    save(figure, "forks")
+
+
+def main():
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser("python -m experiments.compare", None, summary, details,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("stages", nargs="+", choices=("bases", "rates", "main", "ablations", "keep", "report"))
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
+    parser.add_argument("--rate-bases", type=int, default=4, help="bases that settle the learning rates")
+    parser.add_argument("--ablation-seeds", type=int, default=2, help="seeds per base for each ablation")
+    args = parser.parse_args()
+    for stage in args.stages:
+        if stage == "keep":
+            keep(args)
+        elif stage == "report":
+            report([json.loads(line) for line in (RESULTS / "compare.jsonl").read_text().splitlines()])
+        else:
+            work(args, stage)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (data.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
