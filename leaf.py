@@ -181,6 +181,27 @@ def span_credits(lengths, rewards, nodes: list[Node], terms: str = "both", multi
     return spans
 
 
+def leave_one_out_credits(lengths, rewards, nodes: list[Node]):
+    """A variant of step 4, ours and not the paper's: r_i minus a value, of the prefix so far, that r_i has no part in.
+
+    V_i(v0) is the mean reward of the other responses. At a node v it is V(v) with the value before it, V_i(u), in the
+    place of r_i. So for given boundaries the gradient is unbiased: a baseline may depend on the prefix and on the other
+    responses, and on nothing else. Spans as span_credits has them; at least two responses.
+    """
+    rewards, lengths = _to_list(rewards), _to_list(lengths)
+    spans = []
+    for i, (length, reward) in enumerate(zip(lengths, rewards)):
+        start, value = 0, (sum(rewards) - reward) / (len(rewards) - 1)
+        for node in (node for node in nodes if i in node.members):
+            end = min(node.boundary, length)
+            if start < end:
+                spans.append((i, start, end, reward - value))
+            start, value = end, node.value + (value - reward) / len(node.members)
+        if start < length:
+            spans.append((i, start, length, reward - value))
+    return spans
+
+
 def leaf_advantages(
     tokens, lengths, surprisal, rewards, fork_budget: int = 2, terms: str = "both", multiplicity: bool = True,
     normalize: bool = True, min_prefix: int = 1, boundaries: list[int] | None = None,
@@ -189,7 +210,8 @@ def leaf_advantages(
 
     tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float. terms ("both", "global",
     "local"), multiplicity and normalize switch off parts of the rule for ablations; boundaries, if given, replace the
-    selected ones. The result is on the tokens' device. Raises ValueError on a non-finite reward.
+    selected ones. terms="leave-one-out" is our variant, in GRPO's scale. The result is on the tokens' device. Raises
+    ValueError on a non-finite reward.
     """
     tokens, lengths, rewards = torch.as_tensor(tokens), _to_list(lengths), _to_list(rewards)
     if not all(map(math.isfinite, rewards)):
@@ -198,9 +220,15 @@ def leaf_advantages(
         return torch.zeros(tokens.shape, device=tokens.device)
     if boundaries is None:
         boundaries = select_boundaries(surprisal, lengths, fork_budget, min_prefix)
-    spans = span_credits(lengths, rewards, build_tree(tokens, lengths, rewards, boundaries), terms, multiplicity)
+    nodes, loo = build_tree(tokens, lengths, rewards, boundaries), terms == "leave-one-out"
+    if loo:
+        spans = leave_one_out_credits(lengths, rewards, nodes)
+    else:
+        spans = span_credits(lengths, rewards, nodes, terms, multiplicity)
     credits = [credit for *_, credit in spans]
-    if normalize and spans:  # step 5: a span shared by n responses is in the list n times; a lone pair gets 0
+    if normalize and loo:  # as GRPO does: a z-score would weigh prompts and spans by what happened to be sampled
+        credits = [credit / (max(stdev(rewards), 1 / 3) + 1e-6) for credit in credits]
+    elif normalize and spans:  # step 5: a span shared by n responses is in the list n times; a lone pair gets 0
         mean = math.fsum(credits) / len(credits)
         std = math.sqrt(math.fsum((credit - mean) ** 2 for credit in credits) / max(1, len(credits) - 1))  # unbiased
         credits = [(credit - mean) / max(std, 1e-6) for credit in credits]

@@ -275,6 +275,41 @@ def test_leaf_degenerate_groups_are_defined():
     torch.testing.assert_close(A, torch.tensor([[-2 / 3], [4 / 3], [-2 / 3]]) * 2.0**-22 / 1e-6, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("boundaries", [[], [1], [2], [1, 2]])
+def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
+    """Every group of 3 responses of a policy with a logit per prefix, weighted by its probability: nothing is sampled."""
+    T, vocab, rng = 3, (EOS, 1, 2), random.Random(sum(boundaries))
+    prefixes = [p for n in range(T) for p in itertools.product(vocab[1:], repeat=n)]
+    logits = torch.tensor([[rng.gauss(0, 1) for _ in vocab] for _ in prefixes], dtype=torch.float64, requires_grad=True)
+    logp = logits.log_softmax(-1)
+    responses = [(*p, v) for p in prefixes for v in vocab if v == EOS or len(p) == T - 1]
+    steps = [[(prefixes.index(o[:t]), o[t]) for t in range(len(o))] for o in responses]
+    probability = torch.stack([sum(logp[s] for s in row).exp() for row in steps])
+    rewards = [rng.random() for _ in responses]
+    assert probability.sum().item() == pytest.approx(1)
+    (truth,) = torch.autograd.grad(probability @ torch.tensor(rewards, dtype=torch.float64), logits, retain_graph=True)
+
+    weight = {}  # of each log-probability in the expected surrogate
+    for group in itertools.product(range(len(responses)), repeat=3):
+        chance = math.prod(probability[o].item() for o in group)
+        tokens, lengths = pack([responses[o] for o in group], T)
+        r = [rewards[o] for o in group]
+        nodes = leaf.build_tree(tokens, lengths, r, boundaries)
+        for i, start, end, credit in leaf.leave_one_out_credits(lengths, r, nodes):
+            for step in steps[group[i]][start:end]:
+                weight[step] = weight.get(step, 0) + chance * credit / 3
+    (expected,) = torch.autograd.grad(sum(w * logp[step] for step, w in weight.items()), logits)
+    assert torch.allclose(expected, truth, rtol=0, atol=1e-12)
+
+
+def test_leave_one_out_is_rloo_without_a_tree_and_keeps_grpos_scale():
+    tokens, lengths = pack([[1, 2, EOS], [2, EOS], [2, 1, 1]])
+    rewards = [0.9, 0.1, 0.4]
+    found = leaf.leaf_advantages(tokens, lengths, None, rewards, terms="leave-one-out", boundaries=[])
+    expected = leaf.grpo_advantages(rewards, lengths) * 3 / 2  # r - mean of the others is (r - mean) K / (K - 1)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_grpo_advantages_by_hand():
     """(r - mean) / (max(unbiased std, floor) + 1e-6) on every token of a response; K = 1 gives zeros."""
     lengths = torch.tensor([3, 1, 0, 2])

@@ -93,7 +93,7 @@ class Config:
     fork_budget: int = flag(2, "B, boundaries per prompt", least=0)
     min_prefix: int = flag(1, "earliest boundary")
     boundaries: str = flag("surprisal", "where to cut; the others are ablations", ("surprisal", "random", "even"))
-    terms: str = flag("both", "advantage terms", ("both", "global", "local"))
+    terms: str = flag("both", "advantage terms; leave-one-out is ours", ("both", "global", "local", "leave-one-out"))
     multiplicity: bool = flag(True, "divide a shared span's credit by the root of how many share it")
     # GRPO
     std_floor: float = flag(1 / 3, "least reward std to divide by (the authors' 1/3; 0: plain GRPO)")

@@ -63,13 +63,14 @@ def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, data.Split]:
     """The splits, with audio embeddings from a file beside the base."""
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in train.load_rows(cfg).items()}
     for name, split in splits.items():
-        split.project(model, tokenizer)
         file = cfg.base_folder / f"{name}.pt"
         if not file.exists():
+            split.project(model, tokenizer)
             sounds = [sound.clone() for sound in split.sounds(list(range(len(split.rows))))]
             torch.save(sounds, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         kept = torch.load(file, map_location=device)
+        split.tokenizer, split.frozen = tokenizer, True
         split.sounds = lambda indices, kept=kept: [kept[i] for i in indices]
     return splits
 

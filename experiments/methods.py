@@ -22,7 +22,8 @@ ABLATIONS = {
     "B=4": {"fork_budget": 4},
     "B=8": {"fork_budget": 8},
 }
-METHODS = MAIN | ABLATIONS
+VARIANT = {"leave-one-out": {"terms": "leave-one-out"}}  # ours: see leaf.leave_one_out_credits
+METHODS = MAIN | VARIANT | ABLATIONS
 
 
 def with_responses(overrides: dict, K: int, sampled: int = 64) -> dict:
