@@ -36,15 +36,16 @@ from tqdm import tqdm
 
 import data
 import train
-from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, with_responses
+from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, VARIANT, with_responses
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("qa", "translation", "asterisk")
 BASES, SEEDS, RATE_SEED = range(4), range(5), 100
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
 CORPUS_BASE = {"ctc_steps": 300, "sft_steps": 800}  # real speech is harder to learn than the default's
 OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in (4, 16) for name in ("LEAF", BASELINE)}
+COMPARED = MAIN | VARIANT
 ALL = METHODS | OF_K
 PHASES, PLACES = 5, 4  # of training, and of a response's length, in which forkability is counted
 
@@ -59,19 +60,26 @@ def config(args, task: str, base: int, **overrides) -> train.Config:
     return train.Config(**{**RUN, **own, "base": f"{args.out}/base-{task}-seed{base}", "base_seed": base, **overrides})
 
 
-def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, data.Split]:
-    """The splits, with audio embeddings from a file beside the base."""
-    splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in train.load_rows(cfg).items()}
-    for name, split in splits.items():
+class Heard(data.Split):
+    """Rows and their audio embeddings, which are known."""
+
+    def __init__(self, rows: list[dict], tokenizer, sounds: list[torch.Tensor]):
+        self.rows, self.tokenizer, self.frozen = rows, tokenizer, True
+        self.sounds = lambda indices: [sounds[i] for i in indices]
+
+
+def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, Heard]:
+    """The splits, with audio embeddings from files beside the base, made when they are missing."""
+    splits = {}
+    for name, rows in train.load_rows(cfg).items():
         file = cfg.base_folder / f"{name}.pt"
         if not file.exists():
+            split = data.Split(name, rows, cfg.cache_gb)
             split.project(model, tokenizer)
-            sounds = [sound.clone() for sound in split.sounds(list(range(len(split.rows))))]
+            sounds = [sound.clone() for sound in split.sounds(list(range(len(rows))))]
             torch.save(sounds, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
-        kept = torch.load(file, map_location=device)
-        split.tokenizer, split.frozen = tokenizer, True
-        split.sounds = lambda indices, kept=kept: [kept[i] for i in indices]
+        splits[name] = Heard(rows, tokenizer, torch.load(file, map_location=device))
     return splits
 
 
@@ -184,17 +192,17 @@ def best_rates(runs: list[dict]) -> dict[tuple[str, str], float]:
 def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base before any twice."""
     if stage == "rates":
-        cells = [(task, m, base, RATE_SEED) for task in args.tasks for base in BASES[: args.rate_bases] for m in MAIN]
-        return [(stage, *cell, lr) for cell in cells for lr in RATES]
+        cells = [(task, m, base, RATE_SEED) for task in args.tasks for base in BASES for m in COMPARED]
+        return [(stage, *cell, lr) for cell in cells if cell[2] < args.rate_bases for lr in RATES]
     rates = best_rates(finished(args, "rates"))
-    tasks, methods, seeds = args.tasks, MAIN, SEEDS
+    tasks, methods, seeds = args.tasks, COMPARED, SEEDS
     if stage == "ablations":
         tasks, methods, seeds = args.tasks[:1], ABLATIONS | OF_K, SEEDS[: args.ablation_seeds]
-    kind = {name: name.split(", K")[0] if name in MAIN | OF_K else "LEAF" for name in methods}
+    kind = {name: name.split(", K")[0] if name in COMPARED | OF_K else "LEAF" for name in methods}
     kind["mean baseline"] = BASELINE
     cells = [(task, m, base, seed) for task in tasks for seed in seeds for base in BASES for m in methods]
     for task in tasks:
-        for m in MAIN:
+        for m in COMPARED:
             if (task, m) not in rates:
                 raise data.UserError(f"no learning rate is known for {m} on {task}: run the stage rates first")
     return [(stage, *cell, rates[cell[0], kind[cell[1]]]) for cell in cells]
@@ -209,7 +217,7 @@ def work(args, stage: str):
         jobs = [(run, args, *job) for job in plan(args, stage) if not run_file(args, *job).exists()]
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; read where tqdm is imported
     context = multiprocessing.get_context("spawn")  # a child that is forked inherits threads' locks
-    with ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool:
+    with data.lock(args.out, wait=False), ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool:
         futures = [pool.submit(*job) for job in jobs]
         for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
             future.result()
@@ -302,7 +310,7 @@ def main_table(stages: dict, runs: dict) -> str:
         bases = [r for r in stages["bases"] if r["task"] == task]
         if bases:
             rows.append([task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 4)
-        for method in MAIN:
+        for method in COMPARED:
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             if own:
                 differences = [paired(runs, task, method, BASELINE, m) for m in METRICS]
@@ -366,7 +374,7 @@ def plot_curves(stages: dict):
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False)
     for axis, task in zip(axes[0], tasks):
         at_start = {r["base"]: r["validation"] for r in stages["bases"] if r["task"] == task}
-        for method in MAIN:
+        for method in COMPARED:
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             steps = [0, *map(int, own[0]["validation"])]
             values = torch.tensor([[at_start[r["base"]], *r["validation"].values()] for r in own])  # (runs, steps)
