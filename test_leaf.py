@@ -277,7 +277,7 @@ def test_leaf_degenerate_groups_are_defined():
 
 @pytest.mark.parametrize("boundaries", [[], [1], [2], [1, 2]])
 def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
-    """Every group of 3 responses of a policy with a logit per prefix, weighted by its probability: nothing is sampled."""
+    """Every group of 3 responses of a policy with a logit per prefix, each with its probability: nothing is sampled."""
     T, vocab, rng = 3, (EOS, 1, 2), random.Random(sum(boundaries))
     prefixes = [p for n in range(T) for p in itertools.product(vocab[1:], repeat=n)]
     logits = torch.tensor([[rng.gauss(0, 1) for _ in vocab] for _ in prefixes], dtype=torch.float64, requires_grad=True)
@@ -2719,7 +2719,9 @@ def test_the_best_rate_is_the_best_mean_at_the_end():
         for lr, scores in at_end.items()
         for score in scores
     ]
-    assert compare.best_rates(runs) == {("qa", "LEAF"): 2e-3}
+    assert compare.best_rates(runs, 2) == {("qa", "LEAF"): [2e-3, 1e-3]}
+    runs += [runs[0], runs[1]]  # run again, as the two best are: a rate tried less often is out
+    assert compare.best_rates(runs, 1) == {("qa", "LEAF"): [1e-3]}
 
 
 def test_forks_are_counted_by_phase_and_place():
@@ -2744,17 +2746,19 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     loop = dict(steps=4, prompts=2, responses=4, update_prompts=1, eval_every=2, max_new_tokens=6, device="cpu")
     monkeypatch.setattr(compare, "RUN", tiny | loop)
     monkeypatch.setattr(compare, "BASES", range(1))
-    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, rate_bases=1, ablation_seeds=1)
+    monkeypatch.setattr(compare, "RATES", (1e-3, 2e-3))
+    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, ablation_seeds=1)
     with pytest.raises(data.UserError, match="rates first"):
         compare.plan(args, "main")
     compare.make_base(args, "qa", 0)
     with monkeypatch.context() as m:
         m.setattr(train, "evaluate", lambda *_: pytest.fail("the test split was touched to choose a learning rate"))
-        for job in compare.plan(args, "rates"):
+        for job in (job for stage in ("rates", "finals") for job in compare.plan(args, stage)):
             compare.run(args, *job)
-    assert len(compare.finished(args, "rates")) == len(compare.RATES) * len(compare.MAIN)
+    assert len(compare.finished(args, "rates")) == 2 * len(compare.COMPARED)
+    assert len(compare.finished(args, "finals")) == 2 * len(compare.COMPARED)
     jobs = [job for job in compare.plan(args, "main") if job[4] == 3]
-    assert [job[2] for job in jobs] == list(compare.MAIN)
+    assert [job[2] for job in jobs] == list(compare.COMPARED)
     for job in jobs:
         compare.run(args, *job)
     leaf_run, *grpo_runs = sorted(compare.finished(args, "main"), key=lambda r: r["method"] != "LEAF")

@@ -1,13 +1,14 @@
 """LEAF against GRPO, and LEAF against parts of itself: methods x bases x seeds, paired, resumable.
 
-    python -m experiments.compare bases rates main ablations   # the work, stage by stage, below --out
-    python -m experiments.compare keep report                  # copy what is finished; tables and figures from that
+    python -m experiments.compare bases rates finals main ablations      # the work, below --out
+    python -m experiments.compare keep report                            # copy what is finished; tables, figures
 
 Paired runs share everything but the method: the base, the data order, the noise of the rollouts, LoRA's first weights
 and the number of sampled responses. A stage leaves a JSON per finished run; the same command goes on with the rest.
 
     bases      a base per task and base seed; its audio embeddings are kept in files, so that a run starts at once
     rates      learning rates of the main methods, on the validation split alone, with a seed that no other stage uses
+    finals     the two best rates of each once more, with another such seed: what differs by less than the noise
     main       tasks x main methods x bases x seeds, each method at its own best rate of its task
     ablations  on the first task, at LEAF's rate; those of GRPO at GRPO's
 
@@ -18,6 +19,7 @@ Run processes as many as there are cores: each computes with one thread, so a re
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,13 +42,14 @@ from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, VARIANT, wit
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("qa", "translation", "asterisk")
-BASES, SEEDS, RATE_SEED = range(4), range(5), 100
+BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
 CORPUS_BASE = {"ctc_steps": 300, "sft_steps": 800}  # real speech is harder to learn than the default's
 OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in (4, 16) for name in ("LEAF", BASELINE)}
 COMPARED = MAIN | VARIANT
 ALL = METHODS | OF_K
+STAGES = ("bases", "rates", "finals", "main", "ablations")
 PHASES, PLACES = 5, 4  # of training, and of a response's length, in which forkability is counted
 
 
@@ -132,7 +135,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         "seconds": {"preparation": prepared - began, "training": trained - prepared},
         "cpu_seconds": time.process_time() - cpu,
     }  # fmt: skip
-    if stage != "rates":
+    if stage not in RATE_SEEDS:
         result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, folder / "predictions.jsonl")
     data.write_json(file, result)
     shutil.rmtree(folder)
@@ -180,32 +183,36 @@ def at_end(result: dict) -> float:
     return list(result["validation"].values())[-1]
 
 
-def best_rates(runs: list[dict]) -> dict[tuple[str, str], float]:
-    """The rate with the best mean validation BLEU at the end, by (task, method)."""
+def best_rates(runs: list[dict], count: int) -> dict[tuple[str, str], list[float]]:
+    """By (task, method), the rates with the best mean validation BLEU at the end, of those with the most runs."""
     scores = {}
     for r in runs:
         of_method = scores.setdefault((r["task"], r["method"]), {})
         of_method.setdefault(r["lr"], []).append(at_end(r))
-    return {key: max(of, key=lambda lr: statistics.fmean(of[lr])) for key, of in scores.items()}
+    key = {cell: lambda lr, of=of: (len(of[lr]), statistics.fmean(of[lr])) for cell, of in scores.items()}
+    return {cell: sorted(of, key=key[cell], reverse=True)[:count] for cell, of in scores.items()}
+
+
+def rate_of(method: str) -> str:
+    """The method whose learning rate a method takes."""
+    return method if method in COMPARED else BASELINE if BASELINE in method or method == "mean baseline" else "LEAF"
 
 
 def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base before any twice."""
-    if stage == "rates":
-        cells = [(task, m, base, RATE_SEED) for task in args.tasks for base in BASES for m in COMPARED]
-        return [(stage, *cell, lr) for cell in cells if cell[2] < args.rate_bases for lr in RATES]
-    rates = best_rates(finished(args, "rates"))
-    tasks, methods, seeds = args.tasks, COMPARED, SEEDS
+    rates = {(task, method): RATES for task in args.tasks for method in COMPARED}
+    if stage != "rates":
+        tried = finished(args, "rates") + (finished(args, "finals") if stage != "finals" else [])
+        known = best_rates(tried, 2 if stage == "finals" else 1)
+        if unknown := rates.keys() - known.keys():
+            raise data.UserError(f"no learning rate is known for {sorted(unknown)[0]}: run the stage rates first")
+        rates = known
     if stage == "ablations":
-        tasks, methods, seeds = args.tasks[:1], ABLATIONS | OF_K, SEEDS[: args.ablation_seeds]
-    kind = {name: name.split(", K")[0] if name in COMPARED | OF_K else "LEAF" for name in methods}
-    kind["mean baseline"] = BASELINE
-    cells = [(task, m, base, seed) for task in tasks for seed in seeds for base in BASES for m in methods]
-    for task in tasks:
-        for m in COMPARED:
-            if (task, m) not in rates:
-                raise data.UserError(f"no learning rate is known for {m} on {task}: run the stage rates first")
-    return [(stage, *cell, rates[cell[0], kind[cell[1]]]) for cell in cells]
+        cells = itertools.product(args.tasks[:1], SEEDS[: args.ablation_seeds], BASES, ABLATIONS | OF_K)
+    else:
+        seeds = SEEDS if stage == "main" else [RATE_SEEDS[stage]]
+        cells = itertools.product(args.tasks, seeds, BASES, COMPARED)
+    return [(stage, task, m, base, seed, lr) for task, seed, base, m in cells for lr in rates[task, rate_of(m)]]
 
 
 def work(args, stage: str):
@@ -235,7 +242,7 @@ def quiet():
 
 def keep(args):
     """All finished runs as lines of one small file; nothing that can be computed from them."""
-    runs = [r | {"stage": stage} for stage in ("bases", "rates", "main", "ablations") for r in finished(args, stage)]
+    runs = [r | {"stage": stage} for stage in STAGES for r in finished(args, stage)]
     for r in runs:
         r.pop("config", None)
         for name in ("ROUGE-L sampled", "slots, chance %", "exact match %"):
@@ -282,24 +289,28 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def report(lines: list[dict]):
     """Tables to the terminal and to compare.md; figures."""
-    stages = {stage: [r for r in lines if r["stage"] == stage] for stage in ("bases", "rates", "main", "ablations")}
+    stages = {stage: [r for r in lines if r["stage"] == stage] for stage in STAGES}
+    tried = stages["rates"] + stages["finals"]
+    best = best_rates(tried, 1)
+    for r in stages["main"]:
+        if [r["lr"]] != best[r["task"], r["method"]]:  # a rate that the finals did not confirm
+            r["method"] += f" at {r['lr']:g}"
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in stages["main"] + stages["ablations"]}
-    text = "\n".join((rate_table(stages["rates"]), main_table(stages, runs), ablation_table(runs), fork_table(stages)))
+    text = "\n".join((rate_table(tried, best), main_table(stages, runs), ablation_table(runs), fork_table(stages)))
     (RESULTS / "compare.md").write_text(text)
     print(text)
     plot_curves(stages)
     plot_forks(stages["main"])
 
 
-def rate_table(runs: list[dict]) -> str:
-    best, rows = best_rates(runs), []
-    rates = sorted({r["lr"] for r in runs})
+def rate_table(runs: list[dict], best: dict) -> str:
+    rates, rows = sorted({r["lr"] for r in runs}), []
     for task, method in best:
         row = [task, method]
         for lr in rates:
             own = [r for r in runs if (r["task"], r["method"], r["lr"]) == (task, method, lr)]
             cell = f"{statistics.fmean(at_end(r) for r in own):.1f} ({len(own)})" if own else ""
-            row.append(f"**{cell}**" if lr == best[task, method] else cell)
+            row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
     return table(["validation BLEU (runs)", "method", *(f"{lr:g}" for lr in rates)], rows)
 
@@ -310,7 +321,8 @@ def main_table(stages: dict, runs: dict) -> str:
         bases = [r for r in stages["bases"] if r["task"] == task]
         if bases:
             rows.append([task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 4)
-        for method in COMPARED:
+        others = {r["method"]: {} for r in stages["main"] if r["task"] == task}
+        for method in COMPARED | others:
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             if own:
                 differences = [paired(runs, task, method, BASELINE, m) for m in METRICS]
@@ -412,12 +424,11 @@ def main():
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser("python -m experiments.compare", None, summary, details,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("stages", nargs="+", choices=("bases", "rates", "main", "ablations", "keep", "report"))
+    parser.add_argument("stages", nargs="+", choices=(*STAGES, "keep", "report"))
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--rate-bases", type=int, default=4, help="bases that settle the learning rates")
     parser.add_argument("--ablation-seeds", type=int, default=2, help="seeds per base for each ablation")
     args = parser.parse_args()
     for stage in args.stages:
