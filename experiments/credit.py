@@ -1,0 +1,608 @@
+"""The credit microscope: one fixed policy, the same rollouts, every credit rule; whose gradient is the best?
+
+    python -m experiments.credit --out runs/credit     trains the bases, measures; a stopped run goes on
+    python -m experiments.credit --plot                figures and tables of what is measured
+
+The policy is a base of the synthetic "qa" task with fresh LoRA, so the gradient is that of LoRA's B: the first step of
+training. Its true policy gradient G* of the expected reward comes from very many rollouts. A rule turns a batch of 64
+responses into a gradient, g; what counts is cos(g, G*), how much of a step of given length goes where the reward grows.
+A rule may fall short by noise, SNR = |E g|^2 / E|g - E g|^2, or by bias, cos(E g, G*) < 1. Two settings:
+
+    exact      rollouts at top-p 1, log-probabilities summed over a response's tokens: policy gradient theory
+    training   rollouts at top-p 0.9, their mean over a response's tokens, as leaf.policy_loss has it
+
+G* is always of the exact setting; G_train is what the training setting would have instead. All norms are estimated
+without the noise that would inflate them, so cosines with G* are with the true one, whatever its precision.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import leaf
+import train
+from experiments.keep import RESULTS
+from experiments.methods import BASELINE, METHODS
+from lora import lora_parameters
+from model import Prompts, SpeechLM, pad
+
+FOLDER = RESULTS / "credit"
+SEED = 11  # of everything random here
+BASES = {200: "early", 400: "default", 1200: "late"}  # by sft_steps
+MAIN_BASE = 400
+QUESTIONS = {"long": 0, "middle": 1, "short": 2}  # rows by length of the answer, as corpora.synthetic deals them out
+KS, BUDGETS, BATCH = (4, 8, 16), (1, 2, 4, 8), 64  # responses of a batch
+ROWS = 999  # of the training rows, from which prompts are drawn
+BLOCKS = 20  # of batches, for the jackknife
+
+
+@dataclass
+class Setting:
+    top_p: float
+    token_mean: bool  # weigh a response's tokens by 1 / length
+
+
+SETTINGS = {"exact": Setting(1.0, False), "training": Setting(0.9, True)}
+REWARDS = {
+    "BLEU": data.reward,
+    "exact match": lambda text, row: float(text.split() == row["reference"].split()),
+    "slots": lambda text, row: data.slot_accuracy([text], [row]),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: (tokens (K, T), lengths (K,), surprisal (K, T), rewards [K]) -> the tokens' credit (K, T)
+
+
+def method(overrides: dict):
+    cfg = replace(train.Config(), **overrides)
+    return lambda *group: train.credit(cfg, *group)[0]
+
+
+def raw(*group, **switches):
+    """LEAF without the z-score."""
+    return leaf.leaf_advantages(*group, normalize=False, **switches)
+
+
+def divided(tokens, lengths, surprisal, rewards):
+    """LEAF with the z-score's division, without its shift of the mean."""
+    nodes = leaf.build_tree(tokens, lengths, rewards, leaf.select_boundaries(surprisal, lengths))
+    std = stdev(credit for *_, credit in leaf.span_credits(lengths, rewards, nodes))
+    return raw(tokens, lengths, surprisal, rewards) / max(std, 1e-6)
+
+
+def leave_one_out(tokens, lengths, surprisal, rewards, fork_budget=2, local=1.0):
+    """Every copy of a span gets r_i minus the mean reward of the others that share its parent's prefix, u.
+
+    Summed over the copies of the span that ends at v, and divided by how many they are: n_u / (n_u - 1) (V(v) - V(u)).
+    For an unbiased gradient but for boundaries that depend on what was sampled. local < 1 mixes in the same with the
+    root as parent, which is RLOO. A fork budget of None puts a boundary at every token.
+    """
+    every = list(range(1, int(lengths.max())))
+    boundaries = every if fork_budget is None else leaf.select_boundaries(surprisal, lengths, fork_budget)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    root = leaf.Node(0, list(range(len(rewards))), fmean(rewards))
+    credit = torch.zeros(tokens.shape)
+    for i, (length, reward) in enumerate(zip(lengths.tolist(), rewards)):
+        path = [node for node in nodes if i in node.members] + [leaf.Node(length, [i], reward)]  # its tail
+        parent, start = root, 0
+        for node in path:
+            credit[i, start : node.boundary] = local * above(node, parent) + (1 - local) * above(node, root)
+            parent, start = node, node.boundary
+        credit[i, length:] = 0
+    return credit
+
+
+def above(node, parent) -> float:
+    n = len(parent.members)
+    return n / (n - 1) * (node.value - parent.value)
+
+
+DIAGNOSES = {
+    "LEAF, divided only": divided,
+    "LEAF, no z-score": raw,
+    "... and no 1/sqrt n": partial(raw, multiplicity=False),
+    "... and LA only": partial(raw, multiplicity=False, terms="local"),
+    "half local leave-one-out": partial(leave_one_out, local=0.5),
+    "local leave-one-out": leave_one_out,
+    "local leave-one-out, B=8": partial(leave_one_out, fork_budget=8),
+    "local leave-one-out, all": partial(leave_one_out, fork_budget=None),
+    "RLOO": partial(leave_one_out, fork_budget=0),
+}
+RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
+LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
+VARIANT = "local leave-one-out"
+MAP_RULES = [BASELINE, "GRPO, plain std", *LEAF_BY_BUDGET.values(), VARIANT, "local leave-one-out, B=8"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy, its rollouts and its gradient
+
+
+@dataclass
+class Policy:
+    model: SpeechLM
+    split: data.Split
+    cfg: train.Config
+    questions: dict[str, list[int]]  # rows by length, and "all"
+
+    @classmethod
+    def load(cls, sft_steps: int, out: Path) -> "Policy":
+        """A base, trained unless it is there, with fresh LoRA; its greedy BLEU goes to a file beside it."""
+        cfg = train.Config(sft_steps=sft_steps, base=str(out / f"base-sft{sft_steps}"))
+        device, rows = torch.device("cpu"), train.load_rows(cfg)
+        if not cfg.base_folder.exists():
+            train.make_base(cfg, data.Split("train", rows["train"], cfg.cache_gb), cfg.base_folder, device)
+        split = data.Split("train", rows["train"][:ROWS], cfg.cache_gb)
+        model, tokenizer = train.load(cfg, device, torch.float32)
+        train.adapt(cfg, model)
+        split.project(model, tokenizer)
+        file = FOLDER / f"base-{sft_steps}.json"
+        if not file.exists():
+            validation = data.Split("validation", rows["validation"], cfg.cache_gb)
+            validation.project(model, tokenizer)
+            greedy = train.answer(model, tokenizer, validation, cfg)
+            bleu = data.corpus_bleu(greedy, [row["reference"] for row in rows["validation"]], lowercase=True)
+            data.write_json(file, {"sft_steps": sft_steps, "validation BLEU greedy": round(bleu, 2)})
+        every = list(range(len(split.rows)))
+        questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()} | {"all": every}
+        return cls(model, split, cfg, questions)
+
+    @property
+    def parameters(self):
+        return [p for name, p in lora_parameters(self.model).items() if name.endswith("lora_B")]
+
+
+@dataclass
+class Batch:
+    indices: list[int]  # of the rows, P
+    rows: list[dict]
+    rollout: object  # model.Rollout, cut to the longest response
+    texts: list[list[str]]  # P, K
+    logp: torch.Tensor  # (P, K, T), with a graph
+
+    def rewards(self, name: str) -> list[list[float]]:
+        pairs = zip(self.texts, self.rows)
+        return [[REWARDS[name](" ".join(text.split()), row) for text in group] for group, row in pairs]
+
+    def groups(self, rewards):
+        """The arguments of a rule, prompt by prompt."""
+        return zip(self.rollout.tokens, self.rollout.lengths, -self.rollout.logq, rewards)
+
+    def weight(self, setting: Setting):  # (P, K, T): of a token's log-probability; mean over responses
+        length = self.rollout.lengths[..., None] if setting.token_mean else 1
+        return self.rollout.mask / length / self.rollout.lengths.numel()
+
+    def gradient(self, policy: Policy, weights):
+        """Of the sum of weights (P, K, T) times log-probabilities: (D,)"""
+        return torch.cat([g.flatten() for g in torch.autograd.grad(self.logp, policy.parameters, weights, True)])
+
+
+def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top_p: float) -> Batch:
+    """Batch n of an endless stream: P prompts from shuffled passes over a question's rows, K responses to each."""
+    rows, tokenizer = policy.questions[question], policy.split.tokenizer
+    indices = [rows[i] for i in data.order(len(rows), [SEED, stream], n * P, P)]
+    u = data.noise([SEED, stream, 1], list(range(n * P, n * P + P)), K, policy.cfg.max_new_tokens, "cpu")
+    with torch.no_grad():
+        prompts = policy.split.batch(policy.model, indices)
+    rollout = policy.model.sample(prompts, u, tokenizer.eos_id, policy.cfg.temperature, top_p)
+    T = int(rollout.lengths.max())
+    rollout.tokens, rollout.logq, rollout.logp = (x[..., :T] for x in (rollout.tokens, rollout.logq, rollout.logp))
+    texts = [[tokenizer.decode(t[:m].tolist()) for t, m in zip(*x)] for x in zip(rollout.tokens, rollout.lengths)]
+    logp = policy.model.response_logp(prompts, rollout.tokens, rollout.lengths)
+    return Batch(indices, [policy.split.rows[i] for i in indices], rollout, texts, logp)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The truth
+
+
+TRUTH_P, TRUTH_K = 16, 16
+TRUTH_RESPONSES = {200: 9_216, 400: 18_432, 1200: 9_216}  # the training setting: 2/3 of it
+TRUTH_STREAM = {"exact": 1, "training": 2}
+
+
+def truth(policy: Policy, setting: str, out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The expected gradient by reward and question, of two halves of the rollouts: (2, D)."""
+    steps = policy.cfg.sft_steps
+    names = list(REWARDS) if setting == "exact" and steps == MAIN_BASE else ["BLEU"]
+    file = out / f"truth-{steps}-{setting}.pt"
+    if not file.exists():
+        responses = TRUTH_RESPONSES[steps] if setting == "exact" else TRUTH_RESPONSES[steps] * 2 // 3
+        batches = responses // len(QUESTIONS) // (TRUTH_P * TRUTH_K) // 2 * 2
+        D = sum(p.numel() for p in policy.parameters)
+        total = {name: {question: torch.zeros(2, D) for question in QUESTIONS} for name in names}
+        work = [(question, n) for n in range(batches) for question in QUESTIONS]
+        for question, n in tqdm(work, desc=f"truth of base {steps}, {setting}", disable=None):
+            stream = TRUTH_STREAM[setting] * 10 + QUESTIONS[question]
+            batch = roll(policy, stream, n, question, TRUTH_P, TRUTH_K, SETTINGS[setting].top_p)
+            for name in names:
+                rewards = torch.tensor(batch.rewards(name))
+                centred = (rewards - rewards.mean(1, keepdim=True)) * TRUTH_K / (TRUTH_K - 1)  # leave-one-out
+                weights = batch.weight(SETTINGS[setting]) * centred[..., None]
+                total[name][question][n % 2] += batch.gradient(policy, weights) * 2 / batches
+        temporary = file.with_suffix(".tmp")
+        torch.save(total, temporary)
+        temporary.rename(file)
+    total = torch.load(file)
+    return {name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()}
+
+
+TARGETS = ("G*", "G_train")
+
+
+@dataclass
+class Target:
+    """A true gradient, known up to noise: mean is unbiased, and norm is without what the noise adds."""
+
+    mean: torch.Tensor  # (D,)
+    norm: float
+    half_cosine: float  # of the two halves
+
+    @classmethod
+    def of(cls, halves) -> "Target":
+        square = float(halves[0] @ halves[1])
+        norm = math.sqrt(max(square, 1e-30))
+        return cls(halves.mean(0), norm, square / float(halves[0].norm() * halves[1].norm()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A condition: batches, every rule's gradient on them, and what their sums say
+
+
+@dataclass(frozen=True)
+class Condition:
+    setting: str = "training"
+    base: int = MAIN_BASE
+    question: str = "all"
+    K: int = 8
+    reward: str = "BLEU"
+    batches: int = 200
+    rules: tuple = tuple(RULES)
+
+    @property
+    def file(self) -> Path:
+        parts = (self.setting, self.base, self.question, f"K{self.K}", self.reward.replace(" ", "-"))
+        return FOLDER / ("-".join(map(str, parts)) + ".json")
+
+
+MAIN = [Condition("training"), Condition("exact", batches=120)]
+REWARD = [Condition(reward=name, batches=60) for name in ("exact match", "slots")]
+MAP = [
+    Condition(base=base, question=question, K=K, batches=32, rules=tuple(MAP_RULES))
+    for base in (400, 200, 1200) for question in ("long", "short") for K in KS
+]  # fmt: skip
+
+
+class Sums:
+    """What is kept of one rule's gradients: sums by blocks of batches, squares, and dot products with the targets."""
+
+    def __init__(self, batches: int, targets: list[Target]):
+        self.targets, self.norms = targets, np.array([t.norm for t in targets])
+        self.blocks = torch.zeros(BLOCKS, len(targets[0].mean))
+        self.squares, self.dots = np.zeros(batches), np.zeros((batches, len(targets)))
+
+    def add(self, n: int, g):
+        self.blocks[n * BLOCKS // len(self.squares)] += g
+        self.squares[n], self.dots[n] = g.square().sum(), [g @ t.mean for t in self.targets]
+
+    def cosines(self):
+        """Of every batch with each target (batches, targets); 0 for a batch without a gradient."""
+        return self.dots / np.maximum(np.sqrt(self.squares), 1e-12)[:, None] / self.norms
+
+    def whole(self):
+        """SNR and the mean gradient's cosine with each target, of all and without each block: (1 + BLOCKS, ...)."""
+        member = np.arange(len(self.squares)) * BLOCKS // len(self.squares)
+        products, total = (self.blocks @ self.blocks.T).double().numpy(), []
+        for left_out in (None, *range(BLOCKS)):
+            use, kept = np.arange(BLOCKS) != left_out, member != left_out
+            n, squares = kept.sum(), self.squares[kept].sum()
+            square = (products[np.ix_(use, use)].sum() - squares) / n / (n - 1)  # |E g|^2, from pairs of batches
+            noise = squares / n - square
+            cosines = self.dots[kept].mean(0) / self.norms / math.sqrt(max(square, 1e-30))
+            total.append([square / noise, *cosines])
+        return np.array(total)
+
+
+def interval(total, digits=4) -> dict:
+    """Value and half width of the 95% interval, by the jackknife, from a value and those without each block."""
+    value, left_out = total[0], total[1:]
+    n = len(left_out)
+    half = 1.96 * math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    return {"value": round(float(value), digits), "ci": round(half, digits)}
+
+
+def mean_interval(values, digits=4) -> dict:
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    return {"value": round(float(values.mean()), digits), "ci": round(float(half), digits)}
+
+
+def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict:
+    """Every rule on the same rollouts; targets are G* and, where it is known, G_train."""
+    began, c, setting = time.time(), condition, SETTINGS[condition.setting]
+    sums = {rule: Sums(c.batches, targets) for rule in c.rules}
+    all_rewards, forks = [], {B: [] for B in BUDGETS}
+    for n in tqdm(range(c.batches), desc=c.file.stem, disable=None):
+        batch = roll(policy, 3, n, c.question, BATCH // c.K, c.K, setting.top_p)
+        rewards = batch.rewards(c.reward)
+        torch.manual_seed(n)  # random boundaries
+        for rule in c.rules:
+            credits = torch.stack([RULES[rule](*group) for group in batch.groups(rewards)])
+            sums[rule].add(n, batch.gradient(policy, credits * batch.weight(setting)))
+        all_rewards += rewards
+        for B in BUDGETS:
+            for tokens, lengths, surprisal, group in batch.groups(rewards):
+                forks[B] += leaf.fork_stats(tokens, lengths, group, leaf.select_boundaries(surprisal, lengths, B))
+    return {
+        "condition": {k: v for k, v in vars(c).items() if k != "rules"},
+        "truth": {name: round(t.half_cosine, 4) for name, t in zip(TARGETS, targets)},
+        "rules": compare(sums),
+        "forks": {B: fork_summary(all_rewards, reports) for B, reports in forks.items()},
+        "seconds": round(time.time() - began),
+    }
+
+
+def compare(sums: dict[str, Sums]) -> dict[str, dict]:
+    """What each rule reaches, and its difference to the baseline on the same batches."""
+    cosines = {rule: s.cosines() for rule, s in sums.items()}
+    wholes = {rule: s.whole() for rule, s in sums.items()}
+    table = {}
+    for rule in sums:
+        row = table[rule] = {"norm": round(float(np.sqrt(sums[rule].squares).mean()), 5)}
+        row["SNR"] = interval(wholes[rule][:, 0])
+        row["SNR difference"] = interval(wholes[rule][:, 0] - wholes[BASELINE][:, 0])
+        for n, target in zip(range(len(sums[rule].targets)), TARGETS):
+            row[f"cosine {target}"] = mean_interval(cosines[rule][:, n])
+            row[f"cosine {target} difference"] = mean_interval((cosines[rule] - cosines[BASELINE])[:, n])
+            row[f"bias {target}"] = interval(wholes[rule][:, 1 + n])
+            row[f"bias {target} difference"] = interval((wholes[rule] - wholes[BASELINE])[:, 1 + n])
+    return table
+
+
+def fork_summary(rewards, reports: list[dict]) -> dict[str, float]:
+    summary = leaf.group_stats(rewards, reports)
+    for name in ("group_size", "reward_spread"):  # of the retained groups
+        summary[name] = fmean(report[name] for report in reports)
+    return {name: round(value, 4) for name, value in summary.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where credit goes: the true advantage of every token
+
+
+DECISION_BATCHES, COMPLETIONS, DECISIVE = 3, 32, 0.1
+BINS = 10  # of the relative position in a response
+BOOTSTRAP = 1000
+
+
+def completions(policy: Policy, prompts: Prompts, prefixes: list[tuple], row: dict, key: list[int], chunk=24):
+    """Rewards (n, COMPLETIONS) and first tokens (n, COMPLETIONS) of completions of a prompt's prefixes, top-p 1."""
+    model, tokenizer, limit = policy.model, policy.split.tokenizer, policy.cfg.max_new_tokens
+    heard, rewards, firsts = prompts.x[0, prompts.valid[0]], [], []
+    for start in range(0, len(prefixes), chunk):
+        part = prefixes[start : start + chunk]
+        with torch.no_grad():
+            embedded = [model.language_model.model.embed_tokens(torch.tensor(p, dtype=torch.int64)) for p in part]
+        x, lengths = pad([torch.cat((heard, e)) for e in embedded], "cpu")
+        longer = Prompts(x, torch.arange(x.shape[1]) < lengths[:, None])
+        u = data.noise(key, list(range(start, start + len(part))), COMPLETIONS, limit - min(map(len, part)), "cpu")
+        rollout = model.sample(longer, u, tokenizer.eos_id)
+        for prefix, tokens, counts in zip(part, rollout.tokens.tolist(), rollout.lengths.tolist()):
+            texts = [tokenizer.decode([*prefix, *t[:n]][:limit]) for t, n in zip(tokens, counts)]
+            rewards.append(data.rewards(texts, [row] * len(texts)))
+            firsts.append([t[0] for t in tokens])
+    return np.array(rewards), np.array(firsts)
+
+
+def true_advantages(policy: Policy, batch: Batch, p: int):
+    """A*(t) = Q(t + 1 tokens) - Q(t tokens) of prompt p's responses (K, T), its noise variance, and Q(no tokens).
+
+    Q(t) = pi Q(t + 1) + (1 - pi) Q_other, where pi is the probability of the token and Q_other the value of the other
+    tokens there, from the completions that took one. So A* = (1 - pi) (Q(t + 1) - Q_other): a token that had to come
+    has hardly any noise. Where no completion took another, A* is 0.
+    """
+    index, row = batch.indices[p], batch.rows[p]
+    tokens, lengths = batch.rollout.tokens[p].tolist(), batch.rollout.lengths[p].tolist()
+    whole = [tuple(t[:n]) for t, n in zip(tokens, lengths)]
+    prefixes = sorted({t[:n] for t in whole for n in range(len(t))}, key=lambda x: (len(x), x))
+    rewards, firsts = completions(policy, policy.split.batch(policy.model, [index]), prefixes, row, [SEED, 4, index])
+    place = {prefix: i for i, prefix in enumerate(prefixes)}
+    value, noise = rewards.mean(1), rewards.var(1, ddof=1) / COMPLETIONS
+    advantage, variance = torch.zeros(2, *batch.logp.shape[1:])
+    for k, response in enumerate(whole):
+        for t in range(len(response)):
+            here, after = place[response[:t]], place.get(response[: t + 1])
+            q, v = (value[after], noise[after]) if after is not None else (data.reward(batch.texts[p][k], row), 0)
+            others = rewards[here][firsts[here] != response[t]]
+            if len(others):
+                rest = 1 - math.exp(batch.rollout.logp[p, k, t])
+                advantage[k, t] = rest * (q - others.mean())
+                variance[k, t] = rest**2 * (v + noise[here] * COMPLETIONS / len(others))
+    return advantage, variance, float(value[0])
+
+
+def decisions(policy: Policy, target: Target) -> dict:
+    """Rules' credit against the true advantage, token by token; boundaries against decisions; the oracle's gradient."""
+    began, setting, prompts, oracle, landed = time.time(), SETTINGS["training"], [], [], {}
+    batches = [roll(policy, 5, n, "all", 8, 8, setting.top_p) for n in range(DECISION_BATCHES)]
+    bar = tqdm(total=8 * DECISION_BATCHES, desc="true advantages", disable=None)
+    for batch in batches:
+        rewards, mask, truths = batch.rewards("BLEU"), batch.rollout.mask, []
+        for p, group in enumerate(batch.groups(rewards)):
+            advantage, variance, start = true_advantages(policy, batch, p)
+            truths.append(advantage)
+            torch.manual_seed(p)
+            credits = {rule: f(*group) for rule, f in RULES.items()}
+            prompts.append(dict(
+                mask=mask[p].numpy(), truth=advantage.numpy(), noise=variance.numpy(), rewards=rewards[p], start=start,
+                credits={rule: credit.numpy() for rule, credit in credits.items()}, row=batch.rows[p],
+                pieces=[policy.split.tokenizer.pieces(t[:n].tolist()) for t, n in zip(group[0], group[1])],
+            ))  # fmt: skip
+            for how in ("surprisal", "random", "even"):
+                landed.setdefault(how, []).append(landings(how, group, advantage.numpy()))
+            bar.update()
+        compared = {rule: [f(*g) for g in batch.groups(rewards)] for rule, f in RULES.items()}
+        compared["true advantage"] = truths
+        oracle.append({
+            rule: float(target.mean @ g / g.norm() / target.norm)
+            for rule, credit in compared.items()
+            for g in [batch.gradient(policy, torch.stack(credit) * batch.weight(setting))]
+        })  # fmt: skip
+    return {
+        "prompts": len(prompts),
+        "completions": COMPLETIONS,
+        "tokens": int(sum(p["mask"].sum() for p in prompts)),
+        "decisive": DECISIVE,
+        "Q of nothing": round(fmean(p["start"] for p in prompts), 4),
+        "mean reward": round(fmean(fmean(p["rewards"]) for p in prompts), 4),
+        "A* sum against r - Q": telescoping(prompts),
+        "reliability of A*": round(reliability(prompts), 4),
+        "share of tokens": round(share_decisive(prompts), 4),
+        "rules": {rule: token_agreement(prompts, rule) for rule in RULES},
+        "position": {"true advantage": profile(prompts, None)} | {rule: profile(prompts, rule) for rule in RULES},
+        "boundaries": {how: summarise_landings(x) for how, x in landed.items()},
+        "cosine of three batches": {rule: [round(x[rule], 4) for x in oracle] for rule in oracle[0]},
+        "example": example(prompts),
+        "seconds": round(time.time() - began),
+    }
+
+
+def telescoping(prompts) -> dict:
+    """The advantages of a response's tokens should add up to what it got beyond what was to be expected."""
+    pairs = [(t[m].sum(), r - p["start"]) for p in prompts for t, m, r in zip(p["truth"], p["mask"], p["rewards"])]
+    a, b = np.array(pairs).T
+    return {"correlation": round(float(np.corrcoef(a, b)[0, 1]), 4), "mean gap": round(float((a - b).mean()), 4)}
+
+
+def reliability(prompts) -> float:
+    """Share of A*'s variance over tokens that is not noise."""
+    truth, noise = (np.concatenate([p[name][p["mask"]] for p in prompts]) for name in ("truth", "noise"))
+    return float(1 - noise.mean() / truth.var())
+
+
+def share_decisive(prompts) -> float:
+    return float(np.mean(abs(np.concatenate([p["truth"][p["mask"]] for p in prompts])) > DECISIVE))
+
+
+def token_agreement(prompts, rule: str) -> dict:
+    """Correlation of credit and A* over tokens, without what A*'s noise takes, and what decisive tokens get."""
+    rows = []
+    for p in prompts:
+        a, c, noise = (x[p["mask"]].astype(float) for x in (p["truth"], p["credits"][rule], p["noise"]))
+        big = abs(a) > DECISIVE
+        rows.append([len(a), a.sum(), c.sum(), a @ a, c @ c, a @ c, noise.sum(), abs(c)[big].sum(), abs(c).sum()])
+    rows = np.array(rows)
+
+    def statistics(rows):  # (..., prompts, 9) -> correlation, share (..., 2)
+        n, a, c, aa, cc, ac, noise, big, size = np.moveaxis(rows.sum(-2), -1, 0)
+        covariance, spread = ac / n - a * c / n**2, (aa - noise) / n - (a / n) ** 2
+        return np.stack((covariance / np.sqrt(spread * (cc / n - (c / n) ** 2)), big / size), -1)
+
+    drawn = np.random.default_rng(SEED).integers(len(rows), size=(BOOTSTRAP, len(rows)))
+    low, high = np.percentile(statistics(rows[drawn]), (2.5, 97.5), axis=0)
+    names = ("correlation", "share on decisive")
+    return {
+        name: {"value": round(float(v), 4), "ci": [round(float(lo), 4), round(float(hi), 4)]}
+        for name, v, lo, hi in zip(names, statistics(rows), low, high)
+    }
+
+
+def profile(prompts, rule: str | None) -> list[float]:
+    """Mean |credit|, or |A*|, by relative position in the response."""
+    total, count = np.zeros(BINS), np.zeros(BINS)
+    for p in prompts:
+        for mask, values in zip(p["mask"], p["truth"] if rule is None else p["credits"][rule]):
+            n = mask.sum()
+            bins = (np.arange(n) * BINS + BINS // 2) // n
+            np.add.at(total, bins, abs(values[:n]))
+            np.add.at(count, bins, 1)
+    return [round(float(x), 4) for x in total / count]
+
+
+def landings(how: str, group, truth) -> list:
+    """For each boundary and each response that goes on past it: the distance to its nearest decisive token, or None."""
+    tokens, lengths, surprisal, _ = group
+    found = []
+    for b in leaf.choose_boundaries(how, surprisal, lengths):
+        for values, length in zip(truth, lengths.tolist()):
+            if length > b:
+                at = np.flatnonzero(abs(values[:length]) > DECISIVE) - b
+                found.append(int(at[abs(at).argmin()]) if len(at) else None)
+    return found
+
+
+def summarise_landings(found: list[list]) -> dict:
+    flat = [x for group in found for x in group]
+    near = [x for x in flat if x is not None]
+    shares = {f"{d:+d}" if d else "0": round(fmean(x == d for x in flat), 4) for d in range(-3, 4)}
+    return {"count": len(flat), "no decision": round(1 - len(near) / len(flat), 4), "nearest at": shares,
+            "mean distance": round(fmean(map(abs, near)), 3)}  # fmt: skip
+
+
+def example(prompts) -> dict:
+    """Of a long answer, the response with the most decisive token: what the figure shows."""
+    long = [p for p in prompts if len(p["row"]["slots"]) == 7]
+    p, k = max(((p, k) for p in long for k in range(len(p["rewards"]))), key=lambda x: abs(x[0]["truth"][x[1]]).max())
+    n = p["mask"][k].sum()
+    shown = {"true advantage": p["truth"][k]} | {rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, VARIANT)}
+    return {
+        "reference": p["row"]["reference"],
+        "pieces": p["pieces"][k],
+        "reward": round(p["rewards"][k], 4),
+        "rewards": [round(r, 4) for r in p["rewards"]],
+        "credits": {name: [round(float(x), 4) for x in values[:n]] for name, values in shown.items()},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything in order
+
+
+def run(out: Path):
+    policies, truths = {}, {}
+
+    def policy(base):
+        if base not in policies:
+            policies[base] = Policy.load(base, out)
+        return policies[base]
+
+    def targets(c: Condition):
+        known = SETTINGS if c in MAIN else ["exact"]
+        for setting in known:
+            if (c.base, setting) not in truths:
+                truths[c.base, setting] = truth(policy(c.base), setting, out)
+        return [Target.of(truths[c.base, setting][c.reward][c.question]) for setting in known]
+
+    def finish(file: Path, work):
+        if not file.exists():
+            data.write_json(file, work())
+
+    for c in MAIN:
+        finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
+    finish(FOLDER / "decisions.json", lambda: decisions(policy(MAIN_BASE), targets(MAIN[0])[0]))
+    for c in [*MAP, *REWARD]:
+        finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--out", type=Path, default=Path("runs/credit"), help="folder of bases and true gradients")
+    parser.add_argument("--plot", action="store_true", help="figures and tables of what is measured, and nothing else")
+    args = parser.parse_args()
+    if not args.plot:
+        args.out.mkdir(parents=True, exist_ok=True)
+        run(args.out)
+
+
+if __name__ == "__main__":
+    main()
