@@ -116,7 +116,6 @@ DIAGNOSES = {
     "local leave-one-out": leave_one_out,
     "local leave-one-out, B=8": partial(leave_one_out, fork_budget=8),
     "local leave-one-out, all": partial(leave_one_out, fork_budget=None),
-    "RLOO": partial(leave_one_out, fork_budget=0),
 }
 RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
 LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
@@ -207,7 +206,7 @@ def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top
 
 
 TRUTH_P, TRUTH_K = 16, 16
-TRUTH_RESPONSES = {200: 9_216, 400: 18_432, 1200: 9_216}  # the training setting: 2/3 of it
+TRUTH_RESPONSES = {200: 6_144, 400: 18_432, 1200: 6_144}  # the training setting: half of it
 TRUTH_STREAM = {"exact": 1, "training": 2}
 
 
@@ -217,7 +216,7 @@ def truth(policy: Policy, setting: str, out: Path) -> dict[str, dict[str, torch.
     names = list(REWARDS) if setting == "exact" and steps == MAIN_BASE else ["BLEU"]
     file = out / f"truth-{steps}-{setting}.pt"
     if not file.exists():
-        responses = TRUTH_RESPONSES[steps] if setting == "exact" else TRUTH_RESPONSES[steps] * 2 // 3
+        responses = TRUTH_RESPONSES[steps] if setting == "exact" else TRUTH_RESPONSES[steps] // 2
         batches = responses // len(QUESTIONS) // (TRUTH_P * TRUTH_K) // 2 * 2
         D = sum(p.numel() for p in policy.parameters)
         total = {name: {question: torch.zeros(2, D) for question in QUESTIONS} for name in names}
@@ -266,7 +265,7 @@ class Condition:
     question: str = "all"
     K: int = 8
     reward: str = "BLEU"
-    batches: int = 200
+    batches: int = 150
     rules: tuple = tuple(RULES)
 
     @property
@@ -275,10 +274,10 @@ class Condition:
         return FOLDER / ("-".join(map(str, parts)) + ".json")
 
 
-MAIN = [Condition("training"), Condition("exact", batches=120)]
-REWARD = [Condition(reward=name, batches=60) for name in ("exact match", "slots")]
+MAIN = [Condition("training", batches=150), Condition("exact", batches=80)]
+REWARD = [Condition(reward=name, batches=40) for name in ("exact match", "slots")]
 MAP = [
-    Condition(base=base, question=question, K=K, batches=32, rules=tuple(MAP_RULES))
+    Condition(base=base, question=question, K=K, batches=24, rules=tuple(MAP_RULES))
     for base in (400, 200, 1200) for question in ("long", "short") for K in KS
 ]  # fmt: skip
 
@@ -379,7 +378,7 @@ def fork_summary(rewards, reports: list[dict]) -> dict[str, float]:
 # Where credit goes: the true advantage of every token
 
 
-DECISION_BATCHES, COMPLETIONS, DECISIVE = 3, 32, 0.1
+DECISION_BATCHES, COMPLETIONS, DECISIVE = 2, 32, 0.1
 BINS = 10  # of the relative position in a response
 BOOTSTRAP = 1000
 
@@ -470,7 +469,7 @@ def decisions(policy: Policy, target: Target) -> dict:
         "rules": {rule: token_agreement(prompts, rule) for rule in RULES},
         "position": {"true advantage": profile(prompts, None)} | {rule: profile(prompts, rule) for rule in RULES},
         "boundaries": {how: summarise_landings(x) for how, x in landed.items()},
-        "cosine of three batches": {rule: [round(x[rule], 4) for x in oracle] for rule in oracle[0]},
+        "cosine of the batches": {rule: [round(x[rule], 4) for x in oracle] for rule in oracle[0]},
         "example": example(prompts),
         "seconds": round(time.time() - began),
     }
@@ -564,11 +563,172 @@ def example(prompts) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+SHOWN = {"LEAF": "tab:blue", BASELINE: "tab:orange", VARIANT: "tab:green"}
+BASE_COLOURS = {200: "tab:red", 400: "tab:purple", 1200: "tab:cyan"}
+K_MARKERS = {4: "o", 8: "s", 16: "^"}
+
+
+def cell(x: dict) -> str:
+    """A value and its 95% interval."""
+    if isinstance(x["ci"], list):
+        return f"{x['value']:.3f} ({x['ci'][0]:.3f} to {x['ci'][1]:.3f})"
+    return f"{x['value']:+.4f} ± {x['ci']:.4f}"
+
+
+def show(title: str, columns: list[str], rows: dict[str, list[str]]):
+    print(f"\n{title}\n\n| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def show_condition(result: dict):
+    c, truth = result["condition"], result["truth"]
+    title = (f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
+             f"{c['batches']} batches; halves of the truth agree to {truth}")  # fmt: skip
+    columns = ["cosine G*", "cosine G* difference", "SNR", "SNR difference", "bias G*", "bias G* difference"]
+    columns += ["cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
+    show(title, columns, {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()})
+
+
+def show_map(cells: list[dict]):
+    rows = {}
+    for result in cells:
+        c = result["condition"]
+        for B, rule in LEAF_BY_BUDGET.items():
+            fork, row = result["forks"][str(B)], result["rules"][rule]
+            rows[f"{BASES[c['base']]}, {c['question']}, K={c['K']}, B={B}"] = [
+                f"{fork['usable_fork_fire']:.2f}", f"{fork['fork_fire']:.2f}", f"{fork['group_size']:.1f}",
+                f"{fork['reward_spread']:.3f}", f"{fork['reward_std']:.3f}",
+                f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}", cell(row["cosine G* difference"]),
+                cell(row["SNR difference"]), cell(result["rules"][VARIANT]["cosine G* difference"]),
+            ]  # fmt: skip
+    columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
+               "LEAF's difference", "SNR difference", f"{VARIANT}'s, B=2"]  # fmt: skip
+    show("map, training setting", columns, rows)
+
+
+def show_decisions(d: dict):
+    print(f"\n{d['prompts']} prompts, {d['tokens']} tokens, {d['share of tokens']:.1%} with |A*| > {d['decisive']}")
+    for check in ("Q of nothing", "mean reward", "A* sum against r - Q", "reliability of A*"):
+        print(f"{check}: {d[check]}")
+    columns = ["correlation", "share on decisive"]
+    show("credit against A*", columns, {rule: [cell(row[c]) for c in columns] for rule, row in d["rules"].items()})
+    where = d["boundaries"]
+    offsets = list(where["even"]["nearest at"])
+    rows = {how: [*x["nearest at"].values(), x["mean distance"], x["no decision"]] for how, x in where.items()}
+    columns = [*offsets, "mean distance", "none in the response"]
+    show("nearest decisive token, from the boundary", columns, {how: map(str, row) for how, row in rows.items()})
+    rows = {rule: [f"{fmean(d['cosine of the batches'][rule]):.3f}"] for rule in (*SHOWN, "true advantage")}
+    show("cosine with G*, mean of these batches", ["cosine"], rows)
+
+
+def plot_credit(main: dict, d: dict):
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(11, 8.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(1, 2.2))
+    strip, line, bars = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+
+    e = d["example"]
+    names = list(e["credits"])
+    values = np.array([e["credits"][name] for name in names])
+    strip.imshow(values / abs(values).max(1, keepdims=True), cmap="PiYG", vmin=-1, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = abs(value) > 0.7 * abs(values[row]).max()
+        strip.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    strip.set_yticks(range(len(names)), names)
+    strip.set_xticks(range(len(e["pieces"])), [piece.strip() or "␣" for piece in e["pieces"]])
+    title = f"(a) a response of reward {e['reward']:.2f}, mean {fmean(e['rewards']):.2f}; wanted: {e['reference']}"
+    strip.set_title(title, fontsize=10)
+
+    x = (np.arange(BINS) + 0.5) / BINS
+    for name, colour in {"true advantage": "black", **SHOWN}.items():
+        y = np.array(d["position"][name])
+        line.plot(x, y / y.mean(), "o-", color=colour, label=name, linestyle="--" if name == "true advantage" else "-")
+    line.set_xlabel("position in the response")
+    line.set_ylabel("mean |credit|, over its mean")
+    line.set_title("(b) where credit goes", fontsize=10)
+    line.legend(fontsize=8)
+
+    rules = [rule for rule in main["rules"] if rule != BASELINE][::-1]
+    gains = [main["rules"][rule]["cosine G* difference"] for rule in rules]
+    colours = [SHOWN.get(rule, "tab:gray") for rule in rules]
+    for y, (gain, colour) in enumerate(zip(gains, colours)):
+        bars.errorbar(gain["value"], y, xerr=gain["ci"], fmt="o", color=colour, capsize=2)
+    bars.axvline(0, color=SHOWN[BASELINE])
+    bars.set_yticks(range(len(rules)), rules, fontsize=8)
+    base = main["rules"][BASELINE]["cosine G*"]["value"]
+    bars.set_xlabel(f"cosine with G*, minus that of {BASELINE} ({base:.3f})")
+    bars.set_title("(c) one batch's gradient, 95% intervals", fontsize=10)
+    for axes in (line, bars):
+        axes.grid(alpha=0.3)
+    save(figure, "credit")
+
+
+def plot_map(cells: list[dict]):
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    variants = {2: VARIANT, 8: f"{VARIANT}, B=8"}
+    views = (
+        ("(a) LEAF", LEAF_BY_BUDGET, "cosine G* difference"),
+        ("(b) LEAF", LEAF_BY_BUDGET, "SNR difference"),
+        (f"(c) {VARIANT}", variants, "cosine G* difference"),
+    )
+    for axes, (title, rules, measure) in zip(panels, views):
+        for result in cells:
+            c = result["condition"]
+            colour, marker = BASE_COLOURS[c["base"]], K_MARKERS[c["K"]]
+            for B, rule in rules.items():
+                gain, usable = result["rules"][rule][measure], result["forks"][str(B)]["usable_fork_fire"]
+                axes.errorbar(
+                    usable, gain["value"], gain["ci"], fmt=marker, color=colour, markersize=3 + 1.2 * math.log2(2 * B),
+                    markerfacecolor=colour if c["question"] == "long" else "white", elinewidth=0.5, alpha=0.8,
+                )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("usable fork-fire rate")
+        axes.set_ylabel(f"{measure.replace(' difference', '')}, minus that of GRPO")
+        axes.grid(alpha=0.3)
+    marks = [(f"{BASES[b]} base", dict(marker="o", color=c)) for b, c in BASE_COLOURS.items()]
+    marks += [(f"K = {K}", dict(marker=m, color="gray")) for K, m in K_MARKERS.items()]
+    marks += [(f"{q} answer", dict(marker="o", color="gray", markerfacecolor=f))
+              for q, f in (("long", "gray"), ("short", "white"))]  # fmt: skip
+    marks += [(f"B = {B}", dict(marker="o", color="gray", markersize=3 + 1.2 * math.log2(2 * B))) for B in BUDGETS]
+    handles = [plt.Line2D([], [], linestyle="", label=label, **style) for label, style in marks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, columnspacing=1)
+    save(figure, "map")
+
+
+def save(figure, name: str):
+    for kind in ("png", "svg"):
+        figure.savefig(FOLDER / f"{name}.{kind}", dpi=120)
+
+
+def report():
+    found = {c: data.read_json(c.file) for c in [*MAIN, *REWARD, *MAP] if c.file.exists()}
+    for c in [*MAIN, *REWARD]:
+        if c in found:
+            show_condition(found[c])
+    cells = [found[c] for c in MAP if c in found]
+    if cells:
+        show_map(cells)
+        plot_map(cells)
+    if (FOLDER / "decisions.json").exists():
+        d = data.read_json(FOLDER / "decisions.json")
+        show_decisions(d)
+        plot_credit(found[MAIN[0]], d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Everything in order
 
 
 def run(out: Path):
-    policies, truths = {}, {}
+    began, policies, truths = time.time(), {}, {}
 
     def policy(base):
         if base not in policies:
@@ -585,11 +745,12 @@ def run(out: Path):
     def finish(file: Path, work):
         if not file.exists():
             data.write_json(file, work())
+            print(f"{file} after {time.time() - began:.0f} s")
 
     for c in MAIN:
         finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
     finish(FOLDER / "decisions.json", lambda: decisions(policy(MAIN_BASE), targets(MAIN[0])[0]))
-    for c in [*MAP, *REWARD]:
+    for c in [*REWARD, *MAP]:
         finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
 
 
@@ -599,9 +760,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/credit"), help="folder of bases and true gradients")
     parser.add_argument("--plot", action="store_true", help="figures and tables of what is measured, and nothing else")
     args = parser.parse_args()
-    if not args.plot:
-        args.out.mkdir(parents=True, exist_ok=True)
-        run(args.out)
+    if args.plot:
+        return report()
+    args.out.mkdir(parents=True, exist_ok=True)
+    run(args.out)
 
 
 if __name__ == "__main__":
