@@ -637,8 +637,8 @@ def plot_credit(main: dict, d: dict):
     values = np.array([e["credits"][name] for name in names])
     strip.imshow(values / abs(values).max(1, keepdims=True), cmap="PiYG", vmin=-1, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        dark = abs(value) > 0.7 * abs(values[row]).max()
-        strip.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        colour = "white" if abs(value) > 0.7 * abs(values[row]).max() else "black"
+        strip.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8, color=colour)
     strip.set_yticks(range(len(names)), names)
     strip.set_xticks(range(len(e["pieces"])), [piece.strip() or "␣" for piece in e["pieces"]])
     title = f"(a) a response of reward {e['reward']:.2f}, mean {fmean(e['rewards']):.2f}; wanted: {e['reference']}"
