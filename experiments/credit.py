@@ -12,7 +12,9 @@ A rule may fall short by noise, SNR = |E g|^2 / E|g - E g|^2, or by bias, cos(E 
     training   rollouts at top-p 0.9, their mean over a response's tokens, as leaf.policy_loss has it
 
 G* is always of the exact setting; G_train is what the training setting would have instead. All norms are estimated
-without the noise that would inflate them, so cosines with G* are with the true one, whatever its precision.
+without the noise that would inflate them, so cosines with G* are with the true one, whatever its precision. The cosine
+of a batch is E<g, G*> / (|G*| sqrt(E|g|^2)): its numerator needs no gradients, but the log-probabilities' derivative
+along the true gradient, one for all rules; so it comes from all batches, and E|g|^2 from some.
 """
 
 import argparse
@@ -33,13 +35,14 @@ import train
 from experiments.keep import RESULTS
 from experiments.methods import BASELINE, METHODS
 from lora import lora_parameters
-from model import Prompts, SpeechLM, pad
+from model import Prompts, Rollout, SpeechLM, pad
 
 FOLDER = RESULTS / "credit"
 SEED = 11  # of everything random here
 BASES = {200: "early", 400: "default", 1200: "late"}  # by sft_steps
 MAIN_BASE = 400
 QUESTIONS = {"long": 0, "middle": 1, "short": 2}  # rows by length of the answer, as corpora.synthetic deals them out
+MAP_QUESTIONS = ("long", "short")
 KS, BUDGETS, BATCH = (4, 8, 16), (1, 2, 4, 8), 64  # responses of a batch
 ROWS = 999  # of the training rows, from which prompts are drawn
 BLOCKS = 20  # of batches, for the jackknife
@@ -120,7 +123,7 @@ DIAGNOSES = {
 RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
 LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
 VARIANT = "local leave-one-out"
-MAP_RULES = [BASELINE, "GRPO, plain std", *LEAF_BY_BUDGET.values(), VARIANT, "local leave-one-out, B=8"]
+MAP_RULES = [BASELINE, "GRPO, plain std", *LEAF_BY_BUDGET.values(), VARIANT, f"{VARIANT}, B=8", f"half {VARIANT}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,14 +163,19 @@ class Policy:
     def parameters(self):
         return [p for name, p in lora_parameters(self.model).items() if name.endswith("lora_B")]
 
+    def place(self, values):
+        """Set the parameters from a flat (D,)."""
+        for parameter, part in zip(self.parameters, values.split([p.numel() for p in self.parameters])):
+            parameter.data.copy_(part.view_as(parameter))
+
 
 @dataclass
 class Batch:
     indices: list[int]  # of the rows, P
     rows: list[dict]
-    rollout: object  # model.Rollout, cut to the longest response
+    prompts: Prompts
+    rollout: Rollout  # cut to the longest response
     texts: list[list[str]]  # P, K
-    logp: torch.Tensor  # (P, K, T), with a graph
 
     def rewards(self, name: str) -> list[list[float]]:
         pairs = zip(self.texts, self.rows)
@@ -181,9 +189,23 @@ class Batch:
         length = self.rollout.lengths[..., None] if setting.token_mean else 1
         return self.rollout.mask / length / self.rollout.lengths.numel()
 
-    def gradient(self, policy: Policy, weights):
-        """Of the sum of weights (P, K, T) times log-probabilities: (D,)"""
-        return torch.cat([g.flatten() for g in torch.autograd.grad(self.logp, policy.parameters, weights, True)])
+    def logp(self, policy: Policy):
+        return policy.model.response_logp(self.prompts, self.rollout.tokens, self.rollout.lengths)
+
+    @torch.no_grad()
+    def slope(self, policy: Policy, direction, step: float = 0.05):
+        """Derivative (P, K, T) of the log-probabilities along a direction (D,), from both its sides."""
+        unit, sides = direction / direction.norm(), []
+        for side in (step, -step):
+            policy.place(side * unit)
+            sides.append(self.logp(policy))
+        policy.place(0 * unit)
+        return (sides[0] - sides[1]) / (2 * step) * direction.norm()
+
+
+def gradient(policy: Policy, logp, weights):
+    """Of the sum of weights (P, K, T) times log-probabilities: (D,)"""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(logp, policy.parameters, weights, retain_graph=True)])
 
 
 def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top_p: float) -> Batch:
@@ -197,8 +219,7 @@ def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top
     T = int(rollout.lengths.max())
     rollout.tokens, rollout.logq, rollout.logp = (x[..., :T] for x in (rollout.tokens, rollout.logq, rollout.logp))
     texts = [[tokenizer.decode(t[:m].tolist()) for t, m in zip(*x)] for x in zip(rollout.tokens, rollout.lengths)]
-    logp = policy.model.response_logp(prompts, rollout.tokens, rollout.lengths)
-    return Batch(indices, [policy.split.rows[i] for i in indices], rollout, texts, logp)
+    return Batch(indices, [policy.split.rows[i] for i in indices], prompts, rollout, texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +227,7 @@ def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top
 
 
 TRUTH_P, TRUTH_K = 16, 16
-TRUTH_RESPONSES = {200: 6_144, 400: 18_432, 1200: 6_144}  # the training setting: half of it
+TRUTH_RESPONSES = {200: 12_288, 400: 18_432, 1200: 12_288}  # the training setting: half of it
 TRUTH_STREAM = {"exact": 1, "training": 2}
 
 
@@ -217,23 +238,25 @@ def truth(policy: Policy, setting: str, out: Path) -> dict[str, dict[str, torch.
     file = out / f"truth-{steps}-{setting}.pt"
     if not file.exists():
         responses = TRUTH_RESPONSES[steps] if setting == "exact" else TRUTH_RESPONSES[steps] // 2
-        batches = responses // len(QUESTIONS) // (TRUTH_P * TRUTH_K) // 2 * 2
+        questions = QUESTIONS if steps == MAIN_BASE else MAP_QUESTIONS
+        batches = responses // len(questions) // (TRUTH_P * TRUTH_K) // 2 * 2
         D = sum(p.numel() for p in policy.parameters)
-        total = {name: {question: torch.zeros(2, D) for question in QUESTIONS} for name in names}
-        work = [(question, n) for n in range(batches) for question in QUESTIONS]
+        total = {name: {question: torch.zeros(2, D) for question in questions} for name in names}
+        work = [(question, n) for n in range(batches) for question in questions]
         for question, n in tqdm(work, desc=f"truth of base {steps}, {setting}", disable=None):
             stream = TRUTH_STREAM[setting] * 10 + QUESTIONS[question]
             batch = roll(policy, stream, n, question, TRUTH_P, TRUTH_K, SETTINGS[setting].top_p)
+            logp = batch.logp(policy)
             for name in names:
                 rewards = torch.tensor(batch.rewards(name))
                 centred = (rewards - rewards.mean(1, keepdim=True)) * TRUTH_K / (TRUTH_K - 1)  # leave-one-out
                 weights = batch.weight(SETTINGS[setting]) * centred[..., None]
-                total[name][question][n % 2] += batch.gradient(policy, weights) * 2 / batches
+                total[name][question][n % 2] += gradient(policy, logp, weights) * 2 / batches
         temporary = file.with_suffix(".tmp")
         torch.save(total, temporary)
         temporary.rename(file)
     total = torch.load(file)
-    return {name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()}
+    return {name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()}  # as many rows of each
 
 
 TARGETS = ("G*", "G_train")
@@ -265,7 +288,8 @@ class Condition:
     question: str = "all"
     K: int = 8
     reward: str = "BLEU"
-    batches: int = 150
+    batches: int = 240
+    every: int = 4  # so many batches there is one whose gradients are computed
     rules: tuple = tuple(RULES)
 
     @property
@@ -274,69 +298,67 @@ class Condition:
         return FOLDER / ("-".join(map(str, parts)) + ".json")
 
 
-MAIN = [Condition("training", batches=150), Condition("exact", batches=80)]
-REWARD = [Condition(reward=name, batches=40) for name in ("exact match", "slots")]
+MAIN = [Condition("training"), Condition("exact")]
+REWARD = [Condition(reward=name, batches=120, every=8) for name in ("exact match", "slots")]
 MAP = [
-    Condition(base=base, question=question, K=K, batches=24, rules=tuple(MAP_RULES))
-    for base in (400, 200, 1200) for question in ("long", "short") for K in KS
+    Condition(base=base, question=question, K=K, batches=48, every=6, rules=tuple(MAP_RULES))
+    for base in (400, 200, 1200) for question in MAP_QUESTIONS for K in KS
 ]  # fmt: skip
 
 
 class Sums:
-    """What is kept of one rule's gradients: sums by blocks of batches, squares, and dot products with the targets."""
+    """What is kept of one rule: dot products with the targets; of some batches |g|^2, and g summed over blocks."""
 
     def __init__(self, batches: int, targets: list[Target]):
         self.targets, self.norms = targets, np.array([t.norm for t in targets])
+        self.member = np.arange(batches) * BLOCKS // batches  # the block of each batch
+        self.dots, self.squares = np.zeros((batches, len(targets))), np.full(batches, np.nan)
         self.blocks = torch.zeros(BLOCKS, len(targets[0].mean))
-        self.squares, self.dots = np.zeros(batches), np.zeros((batches, len(targets)))
 
     def add(self, n: int, g):
-        self.blocks[n * BLOCKS // len(self.squares)] += g
-        self.squares[n], self.dots[n] = g.square().sum(), [g @ t.mean for t in self.targets]
-
-    def cosines(self):
-        """Of every batch with each target (batches, targets); 0 for a batch without a gradient."""
-        return self.dots / np.maximum(np.sqrt(self.squares), 1e-12)[:, None] / self.norms
+        self.blocks[self.member[n]] += g
+        self.squares[n] = g.square().sum()
 
     def whole(self):
-        """SNR and the mean gradient's cosine with each target, of all and without each block: (1 + BLOCKS, ...)."""
-        member = np.arange(len(self.squares)) * BLOCKS // len(self.squares)
+        """SNR, and cosines of a batch and of the mean gradient with each target, of all and without each block."""
         products, total = (self.blocks @ self.blocks.T).double().numpy(), []
         for left_out in (None, *range(BLOCKS)):
-            use, kept = np.arange(BLOCKS) != left_out, member != left_out
-            n, squares = kept.sum(), self.squares[kept].sum()
-            square = (products[np.ix_(use, use)].sum() - squares) / n / (n - 1)  # |E g|^2, from pairs of batches
-            noise = squares / n - square
-            cosines = self.dots[kept].mean(0) / self.norms / math.sqrt(max(square, 1e-30))
-            total.append([square / noise, *cosines])
+            use, kept = np.arange(BLOCKS) != left_out, self.member != left_out
+            n, squares = np.isfinite(self.squares[kept]).sum(), np.nansum(self.squares[kept])
+            square = max((products[np.ix_(use, use)].sum() - squares) / n / (n - 1), 1e-30)  # |E g|^2, from pairs
+            signal, mean_square = self.dots[kept].mean(0) / self.norms, squares / n
+            cosines = *signal / math.sqrt(mean_square), *signal / math.sqrt(square)
+            total.append([square / (mean_square - square), *cosines])
         return np.array(total)
 
 
-def interval(total, digits=4) -> dict:
+def interval(total) -> dict:
     """Value and half width of the 95% interval, by the jackknife, from a value and those without each block."""
     value, left_out = total[0], total[1:]
     n = len(left_out)
     half = 1.96 * math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
-    return {"value": round(float(value), digits), "ci": round(half, digits)}
-
-
-def mean_interval(values, digits=4) -> dict:
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    return {"value": round(float(values.mean()), digits), "ci": round(float(half), digits)}
+    return {"value": round(float(value), 4), "ci": round(half, 4)}
 
 
 def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict:
     """Every rule on the same rollouts; targets are G* and, where it is known, G_train."""
     began, c, setting = time.time(), condition, SETTINGS[condition.setting]
     sums = {rule: Sums(c.batches, targets) for rule in c.rules}
-    all_rewards, forks = [], {B: [] for B in BUDGETS}
+    all_rewards, forks, gap = [], {B: [] for B in BUDGETS}, 0.0
     for n in tqdm(range(c.batches), desc=c.file.stem, disable=None):
         batch = roll(policy, 3, n, c.question, BATCH // c.K, c.K, setting.top_p)
-        rewards = batch.rewards(c.reward)
+        rewards, weight = batch.rewards(c.reward), batch.weight(setting)
+        slopes = [batch.slope(policy, target.mean) for target in targets]
+        logp = batch.logp(policy) if n % c.every == 0 else None
         torch.manual_seed(n)  # random boundaries
         for rule in c.rules:
-            credits = torch.stack([RULES[rule](*group) for group in batch.groups(rewards)])
-            sums[rule].add(n, batch.gradient(policy, credits * batch.weight(setting)))
+            weights = torch.stack([RULES[rule](*group) for group in batch.groups(rewards)]) * weight
+            sums[rule].dots[n] = [(weights * slope).sum() for slope in slopes]
+            if logp is not None:
+                g = gradient(policy, logp, weights)
+                sums[rule].add(n, g)
+                off = abs(float(g @ targets[0].mean) - sums[rule].dots[n, 0])
+                gap = max(gap, off / max(float(g.norm()) * targets[0].norm, 1e-30))
         all_rewards += rewards
         for B in BUDGETS:
             for tokens, lengths, surprisal, group in batch.groups(rewards):
@@ -344,6 +366,7 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
     return {
         "condition": {k: v for k, v in vars(c).items() if k != "rules"},
         "truth": {name: round(t.half_cosine, 4) for name, t in zip(TARGETS, targets)},
+        "largest gap of a cosine by slopes": gap,
         "rules": compare(sums),
         "forks": {B: fork_summary(all_rewards, reports) for B, reports in forks.items()},
         "seconds": round(time.time() - began),
@@ -352,18 +375,16 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
 
 def compare(sums: dict[str, Sums]) -> dict[str, dict]:
     """What each rule reaches, and its difference to the baseline on the same batches."""
-    cosines = {rule: s.cosines() for rule, s in sums.items()}
     wholes = {rule: s.whole() for rule, s in sums.items()}
-    table = {}
-    for rule in sums:
-        row = table[rule] = {"norm": round(float(np.sqrt(sums[rule].squares).mean()), 5)}
-        row["SNR"] = interval(wholes[rule][:, 0])
-        row["SNR difference"] = interval(wholes[rule][:, 0] - wholes[BASELINE][:, 0])
-        for n, target in zip(range(len(sums[rule].targets)), TARGETS):
-            row[f"cosine {target}"] = mean_interval(cosines[rule][:, n])
-            row[f"cosine {target} difference"] = mean_interval((cosines[rule] - cosines[BASELINE])[:, n])
-            row[f"bias {target}"] = interval(wholes[rule][:, 1 + n])
-            row[f"bias {target} difference"] = interval((wholes[rule] - wholes[BASELINE])[:, 1 + n])
+    base, table = wholes[BASELINE], {}
+    targets = TARGETS[: base.shape[1] // 2]
+    names = ["SNR", *(f"cosine {t}" for t in targets), *(f"bias {t}" for t in targets)]
+    for rule, whole in wholes.items():
+        row = table[rule] = {"norm": round(math.sqrt(np.nanmean(sums[rule].squares)), 5)}
+        for n, name in enumerate(names):
+            row[name] = interval(whole[:, n])
+            row[f"{name} difference"] = interval(whole[:, n] - base[:, n])
+        row["worth"] = interval((whole[:, 1] / base[:, 1]) ** 2)  # responses of the baseline that one of it replaces
     return table
 
 
@@ -416,7 +437,7 @@ def true_advantages(policy: Policy, batch: Batch, p: int):
     rewards, firsts = completions(policy, policy.split.batch(policy.model, [index]), prefixes, row, [SEED, 4, index])
     place = {prefix: i for i, prefix in enumerate(prefixes)}
     value, noise = rewards.mean(1), rewards.var(1, ddof=1) / COMPLETIONS
-    advantage, variance = torch.zeros(2, *batch.logp.shape[1:])
+    advantage, variance = torch.zeros(2, *batch.rollout.tokens.shape[1:])
     for k, response in enumerate(whole):
         for t in range(len(response)):
             here, after = place[response[:t]], place.get(response[: t + 1])
@@ -451,11 +472,12 @@ def decisions(policy: Policy, target: Target) -> dict:
             bar.update()
         compared = {rule: [f(*g) for g in batch.groups(rewards)] for rule, f in RULES.items()}
         compared["true advantage"] = truths
-        oracle.append({
-            rule: float(target.mean @ g / g.norm() / target.norm)
+        logp = batch.logp(policy)
+        gradients = {
+            rule: gradient(policy, logp, torch.stack(credit) * batch.weight(setting))
             for rule, credit in compared.items()
-            for g in [batch.gradient(policy, torch.stack(credit) * batch.weight(setting))]
-        })  # fmt: skip
+        }
+        oracle.append({rule: float(target.mean @ g / g.norm() / target.norm) for rule, g in gradients.items()})
     return {
         "prompts": len(prompts),
         "completions": COMPLETIONS,
@@ -588,8 +610,8 @@ def show_condition(result: dict):
     c, truth = result["condition"], result["truth"]
     title = (f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
              f"{c['batches']} batches; halves of the truth agree to {truth}")  # fmt: skip
-    columns = ["cosine G*", "cosine G* difference", "SNR", "SNR difference", "bias G*", "bias G* difference"]
-    columns += ["cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
+    columns = ["cosine G*", "cosine G* difference", "worth"]
+    columns += ["SNR", "bias G*", "cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
     show(title, columns, {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()})
 
 
@@ -603,10 +625,10 @@ def show_map(cells: list[dict]):
                 f"{fork['usable_fork_fire']:.2f}", f"{fork['fork_fire']:.2f}", f"{fork['group_size']:.1f}",
                 f"{fork['reward_spread']:.3f}", f"{fork['reward_std']:.3f}",
                 f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}", cell(row["cosine G* difference"]),
-                cell(row["SNR difference"]), cell(result["rules"][VARIANT]["cosine G* difference"]),
+                cell(row["worth"]), cell(result["rules"][VARIANT]["cosine G* difference"]),
             ]  # fmt: skip
     columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
-               "LEAF's difference", "SNR difference", f"{VARIANT}'s, B=2"]  # fmt: skip
+               "LEAF's difference", "LEAF's worth", f"{VARIANT}'s, B=2"]  # fmt: skip
     show("map, training setting", columns, rows)
 
 
@@ -675,7 +697,7 @@ def plot_map(cells: list[dict]):
     variants = {2: VARIANT, 8: f"{VARIANT}, B=8"}
     views = (
         ("(a) LEAF", LEAF_BY_BUDGET, "cosine G* difference"),
-        ("(b) LEAF", LEAF_BY_BUDGET, "SNR difference"),
+        ("(b) LEAF", LEAF_BY_BUDGET, "worth"),
         (f"(c) {VARIANT}", variants, "cosine G* difference"),
     )
     for axes, (title, rules, measure) in zip(panels, views):
@@ -688,10 +710,10 @@ def plot_map(cells: list[dict]):
                     usable, gain["value"], gain["ci"], fmt=marker, color=colour, markersize=3 + 1.2 * math.log2(2 * B),
                     markerfacecolor=colour if c["question"] == "long" else "white", elinewidth=0.5, alpha=0.8,
                 )  # fmt: skip
-        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axhline(float(measure == "worth"), color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("usable fork-fire rate")
-        axes.set_ylabel(f"{measure.replace(' difference', '')}, minus that of GRPO")
+        axes.set_ylabel("responses of GRPO that one replaces" if measure == "worth" else "cosine with G*, minus GRPO's")
         axes.grid(alpha=0.3)
     marks = [(f"{BASES[b]} base", dict(marker="o", color=c)) for b, c in BASE_COLOURS.items()]
     marks += [(f"K = {K}", dict(marker=m, color="gray")) for K, m in K_MARKERS.items()]
@@ -747,11 +769,13 @@ def run(out: Path):
             data.write_json(file, work())
             print(f"{file} after {time.time() - began:.0f} s")
 
-    for c in MAIN:
-        finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
+    def finish_all(conditions):
+        for c in conditions:
+            finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
+
+    finish_all(MAIN[:1])
     finish(FOLDER / "decisions.json", lambda: decisions(policy(MAIN_BASE), targets(MAIN[0])[0]))
-    for c in [*REWARD, *MAP]:
-        finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
+    finish_all([*MAP[:6], *MAIN, *MAP[:12], *REWARD, *MAP])
 
 
 def main():
