@@ -12,9 +12,8 @@ A rule may fall short by noise, SNR = |E g|^2 / E|g - E g|^2, or by bias, cos(E 
     training   rollouts at top-p 0.9, their mean over a response's tokens, as leaf.policy_loss has it
 
 G* is always of the exact setting; G_train is what the training setting would have instead. All norms are estimated
-without the noise that would inflate them, so cosines with G* are with the true one, whatever its precision. The cosine
-of a batch is E<g, G*> / (|G*| sqrt(E|g|^2)): its numerator needs no gradients, but the log-probabilities' derivative
-along the true gradient, one for all rules; so it comes from all batches, and E|g|^2 from some.
+without the noise that would inflate them, so cosines with G* are with the true one, whatever its precision.
+Intervals are of the batches; they leave out that the scale, |G*|, is not known exactly, which all rules share.
 """
 
 import argparse
@@ -163,11 +162,6 @@ class Policy:
     def parameters(self):
         return [p for name, p in lora_parameters(self.model).items() if name.endswith("lora_B")]
 
-    def place(self, values):
-        """Set the parameters from a flat (D,)."""
-        for parameter, part in zip(self.parameters, values.split([p.numel() for p in self.parameters])):
-            parameter.data.copy_(part.view_as(parameter))
-
 
 @dataclass
 class Batch:
@@ -191,16 +185,6 @@ class Batch:
 
     def logp(self, policy: Policy):
         return policy.model.response_logp(self.prompts, self.rollout.tokens, self.rollout.lengths)
-
-    @torch.no_grad()
-    def slope(self, policy: Policy, direction, step: float = 0.05):
-        """Derivative (P, K, T) of the log-probabilities along a direction (D,), from both its sides."""
-        unit, sides = direction / direction.norm(), []
-        for side in (step, -step):
-            policy.place(side * unit)
-            sides.append(self.logp(policy))
-        policy.place(0 * unit)
-        return (sides[0] - sides[1]) / (2 * step) * direction.norm()
 
 
 def gradient(policy: Policy, logp, weights):
@@ -288,8 +272,7 @@ class Condition:
     question: str = "all"
     K: int = 8
     reward: str = "BLEU"
-    batches: int = 240
-    every: int = 4  # so many batches there is one whose gradients are computed
+    batches: int = 160
     rules: tuple = tuple(RULES)
 
     @property
@@ -298,37 +281,40 @@ class Condition:
         return FOLDER / ("-".join(map(str, parts)) + ".json")
 
 
-MAIN = [Condition("training"), Condition("exact")]
-REWARD = [Condition(reward=name, batches=120, every=8) for name in ("exact match", "slots")]
+MAIN = [Condition("training"), Condition("exact", batches=120)]
+REWARD = [Condition(reward=name, batches=60) for name in ("exact match", "slots")]
 MAP = [
-    Condition(base=base, question=question, K=K, batches=48, every=6, rules=tuple(MAP_RULES))
+    Condition(base=base, question=question, K=K, batches=40, rules=tuple(MAP_RULES))
     for base in (400, 200, 1200) for question in MAP_QUESTIONS for K in KS
 ]  # fmt: skip
 
 
 class Sums:
-    """What is kept of one rule: dot products with the targets; of some batches |g|^2, and g summed over blocks."""
+    """What is kept of one rule's gradients: |g|^2, dot products with the targets, and sums over blocks of batches."""
 
     def __init__(self, batches: int, targets: list[Target]):
         self.targets, self.norms = targets, np.array([t.norm for t in targets])
         self.member = np.arange(batches) * BLOCKS // batches  # the block of each batch
-        self.dots, self.squares = np.zeros((batches, len(targets))), np.full(batches, np.nan)
+        self.squares, self.dots = np.zeros(batches), np.zeros((batches, len(targets)))
         self.blocks = torch.zeros(BLOCKS, len(targets[0].mean))
 
     def add(self, n: int, g):
         self.blocks[self.member[n]] += g
-        self.squares[n] = g.square().sum()
+        self.squares[n], self.dots[n] = g.square().sum(), [g @ t.mean for t in self.targets]
+
+    def cosines(self):
+        """Of every batch with each target (batches, targets); 0 for a batch without a gradient."""
+        return self.dots / np.maximum(np.sqrt(self.squares), 1e-12)[:, None] / self.norms
 
     def whole(self):
-        """SNR, and cosines of a batch and of the mean gradient with each target, of all and without each block."""
+        """SNR, and the mean gradient's cosine with each target, of all and without each block: (1 + BLOCKS, ...)."""
         products, total = (self.blocks @ self.blocks.T).double().numpy(), []
         for left_out in (None, *range(BLOCKS)):
             use, kept = np.arange(BLOCKS) != left_out, self.member != left_out
-            n, squares = np.isfinite(self.squares[kept]).sum(), np.nansum(self.squares[kept])
+            n, squares = kept.sum(), self.squares[kept].sum()
             square = max((products[np.ix_(use, use)].sum() - squares) / n / (n - 1), 1e-30)  # |E g|^2, from pairs
-            signal, mean_square = self.dots[kept].mean(0) / self.norms, squares / n
-            cosines = *signal / math.sqrt(mean_square), *signal / math.sqrt(square)
-            total.append([square / (mean_square - square), *cosines])
+            cosines = self.dots[kept].mean(0) / self.norms / math.sqrt(square)
+            total.append([square / (squares / n - square), *cosines])
         return np.array(total)
 
 
@@ -340,25 +326,24 @@ def interval(total) -> dict:
     return {"value": round(float(value), 4), "ci": round(half, 4)}
 
 
+def mean_interval(values) -> dict:
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    return {"value": round(float(values.mean()), 4), "ci": round(float(half), 4)}
+
+
 def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict:
     """Every rule on the same rollouts; targets are G* and, where it is known, G_train."""
     began, c, setting = time.time(), condition, SETTINGS[condition.setting]
     sums = {rule: Sums(c.batches, targets) for rule in c.rules}
-    all_rewards, forks, gap = [], {B: [] for B in BUDGETS}, 0.0
+    all_rewards, forks = [], {B: [] for B in BUDGETS}
     for n in tqdm(range(c.batches), desc=c.file.stem, disable=None):
         batch = roll(policy, 3, n, c.question, BATCH // c.K, c.K, setting.top_p)
         rewards, weight = batch.rewards(c.reward), batch.weight(setting)
-        slopes = [batch.slope(policy, target.mean) for target in targets]
-        logp = batch.logp(policy) if n % c.every == 0 else None
+        logp = batch.logp(policy)
         torch.manual_seed(n)  # random boundaries
         for rule in c.rules:
             weights = torch.stack([RULES[rule](*group) for group in batch.groups(rewards)]) * weight
-            sums[rule].dots[n] = [(weights * slope).sum() for slope in slopes]
-            if logp is not None:
-                g = gradient(policy, logp, weights)
-                sums[rule].add(n, g)
-                off = abs(float(g @ targets[0].mean) - sums[rule].dots[n, 0])
-                gap = max(gap, off / max(float(g.norm()) * targets[0].norm, 1e-30))
+            sums[rule].add(n, gradient(policy, logp, weights))
         all_rewards += rewards
         for B in BUDGETS:
             for tokens, lengths, surprisal, group in batch.groups(rewards):
@@ -366,7 +351,6 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
     return {
         "condition": {k: v for k, v in vars(c).items() if k != "rules"},
         "truth": {name: round(t.half_cosine, 4) for name, t in zip(TARGETS, targets)},
-        "largest gap of a cosine by slopes": gap,
         "rules": compare(sums),
         "forks": {B: fork_summary(all_rewards, reports) for B, reports in forks.items()},
         "seconds": round(time.time() - began),
@@ -375,16 +359,18 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
 
 def compare(sums: dict[str, Sums]) -> dict[str, dict]:
     """What each rule reaches, and its difference to the baseline on the same batches."""
+    cosines = {rule: s.cosines() for rule, s in sums.items()}
     wholes = {rule: s.whole() for rule, s in sums.items()}
-    base, table = wholes[BASELINE], {}
-    targets = TARGETS[: base.shape[1] // 2]
-    names = ["SNR", *(f"cosine {t}" for t in targets), *(f"bias {t}" for t in targets)]
-    for rule, whole in wholes.items():
-        row = table[rule] = {"norm": round(math.sqrt(np.nanmean(sums[rule].squares)), 5)}
-        for n, name in enumerate(names):
-            row[name] = interval(whole[:, n])
-            row[f"{name} difference"] = interval(whole[:, n] - base[:, n])
-        row["worth"] = interval((whole[:, 1] / base[:, 1]) ** 2)  # responses of the baseline that one of it replaces
+    table = {}
+    for rule in sums:
+        row = table[rule] = {"norm": round(float(np.sqrt(sums[rule].squares).mean()), 5)}
+        row["SNR"] = interval(wholes[rule][:, 0])
+        row["SNR difference"] = interval(wholes[rule][:, 0] - wholes[BASELINE][:, 0])
+        for n, target in zip(range(cosines[rule].shape[1]), TARGETS):
+            row[f"cosine {target}"] = mean_interval(cosines[rule][:, n])
+            row[f"cosine {target} difference"] = mean_interval((cosines[rule] - cosines[BASELINE])[:, n])
+            row[f"bias {target}"] = interval(wholes[rule][:, 1 + n])
+            row[f"bias {target} difference"] = interval((wholes[rule] - wholes[BASELINE])[:, 1 + n])
     return table
 
 
@@ -610,8 +596,8 @@ def show_condition(result: dict):
     c, truth = result["condition"], result["truth"]
     title = (f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
              f"{c['batches']} batches; halves of the truth agree to {truth}")  # fmt: skip
-    columns = ["cosine G*", "cosine G* difference", "worth"]
-    columns += ["SNR", "bias G*", "cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
+    columns = ["cosine G*", "cosine G* difference", "SNR", "SNR difference", "bias G*", "bias G* difference"]
+    columns += ["cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
     show(title, columns, {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()})
 
 
@@ -625,10 +611,10 @@ def show_map(cells: list[dict]):
                 f"{fork['usable_fork_fire']:.2f}", f"{fork['fork_fire']:.2f}", f"{fork['group_size']:.1f}",
                 f"{fork['reward_spread']:.3f}", f"{fork['reward_std']:.3f}",
                 f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}", cell(row["cosine G* difference"]),
-                cell(row["worth"]), cell(result["rules"][VARIANT]["cosine G* difference"]),
+                cell(row["SNR difference"]), cell(result["rules"][VARIANT]["cosine G* difference"]),
             ]  # fmt: skip
     columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
-               "LEAF's difference", "LEAF's worth", f"{VARIANT}'s, B=2"]  # fmt: skip
+               "LEAF's difference", "SNR difference", f"{VARIANT}'s, B=2"]  # fmt: skip
     show("map, training setting", columns, rows)
 
 
@@ -697,7 +683,7 @@ def plot_map(cells: list[dict]):
     variants = {2: VARIANT, 8: f"{VARIANT}, B=8"}
     views = (
         ("(a) LEAF", LEAF_BY_BUDGET, "cosine G* difference"),
-        ("(b) LEAF", LEAF_BY_BUDGET, "worth"),
+        ("(b) LEAF", LEAF_BY_BUDGET, "SNR difference"),
         (f"(c) {VARIANT}", variants, "cosine G* difference"),
     )
     for axes, (title, rules, measure) in zip(panels, views):
@@ -710,10 +696,10 @@ def plot_map(cells: list[dict]):
                     usable, gain["value"], gain["ci"], fmt=marker, color=colour, markersize=3 + 1.2 * math.log2(2 * B),
                     markerfacecolor=colour if c["question"] == "long" else "white", elinewidth=0.5, alpha=0.8,
                 )  # fmt: skip
-        axes.axhline(float(measure == "worth"), color="black", linewidth=0.8)
+        axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("usable fork-fire rate")
-        axes.set_ylabel("responses of GRPO that one replaces" if measure == "worth" else "cosine with G*, minus GRPO's")
+        axes.set_ylabel(f"{measure.removesuffix(' difference')}, minus that of GRPO")
         axes.grid(alpha=0.3)
     marks = [(f"{BASES[b]} base", dict(marker="o", color=c)) for b, c in BASE_COLOURS.items()]
     marks += [(f"K = {K}", dict(marker=m, color="gray")) for K, m in K_MARKERS.items()]
