@@ -32,7 +32,7 @@ import data
 import leaf
 import train
 from experiments.keep import RESULTS
-from experiments.methods import BASELINE, METHODS
+from experiments.methods import BASELINE, METHODS, OURS
 from lora import lora_parameters
 from model import Prompts, Rollout, SpeechLM, pad
 
@@ -82,31 +82,10 @@ def divided(tokens, lengths, surprisal, rewards):
     return raw(tokens, lengths, surprisal, rewards) / max(std, 1e-6)
 
 
-def leave_one_out(tokens, lengths, surprisal, rewards, fork_budget=2, local=1.0):
-    """Every copy of a span gets r_i minus the mean reward of the others that share its parent's prefix, u.
-
-    Summed over the copies of the span that ends at v, and divided by how many they are: n_u / (n_u - 1) (V(v) - V(u)).
-    For an unbiased gradient but for boundaries that depend on what was sampled. local < 1 mixes in the same with the
-    root as parent, which is RLOO. A fork budget of None puts a boundary at every token.
-    """
-    every = list(range(1, int(lengths.max())))
-    boundaries = every if fork_budget is None else leaf.select_boundaries(surprisal, lengths, fork_budget)
-    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    root = leaf.Node(0, list(range(len(rewards))), fmean(rewards))
-    credit = torch.zeros(tokens.shape)
-    for i, (length, reward) in enumerate(zip(lengths.tolist(), rewards)):
-        path = [node for node in nodes if i in node.members] + [leaf.Node(length, [i], reward)]  # its tail
-        parent, start = root, 0
-        for node in path:
-            credit[i, start : node.boundary] = local * above(node, parent) + (1 - local) * above(node, root)
-            parent, start = node, node.boundary
-        credit[i, length:] = 0
-    return credit
-
-
-def above(node, parent) -> float:
-    n = len(parent.members)
-    return n / (n - 1) * (node.value - parent.value)
+def every_token(tokens, lengths, surprisal, rewards):
+    """Our variant with a boundary at every token, so that neither surprisal nor B matters."""
+    boundaries = list(range(1, int(lengths.max())))
+    return leaf.leaf_advantages(tokens, lengths, None, rewards, terms="leave-one-out", boundaries=boundaries)
 
 
 DIAGNOSES = {
@@ -114,15 +93,11 @@ DIAGNOSES = {
     "LEAF, no z-score": raw,
     "... and no 1/sqrt n": partial(raw, multiplicity=False),
     "... and LA only": partial(raw, multiplicity=False, terms="local"),
-    "half local leave-one-out": partial(leave_one_out, local=0.5),
-    "local leave-one-out": leave_one_out,
-    "local leave-one-out, B=8": partial(leave_one_out, fork_budget=8),
-    "local leave-one-out, all": partial(leave_one_out, fork_budget=None),
+    "leave-one-out, every token": every_token,
 }
 RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
 LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
-VARIANT = "local leave-one-out"
-MAP_RULES = [BASELINE, "GRPO, plain std", *LEAF_BY_BUDGET.values(), VARIANT, f"{VARIANT}, B=8", f"half {VARIANT}"]
+MAP_RULES = [BASELINE, "GRPO, plain std", *LEAF_BY_BUDGET.values(), OURS, "leave-one-out, every token"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +186,7 @@ def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top
 
 
 TRUTH_P, TRUTH_K = 16, 16
-TRUTH_RESPONSES = {200: 12_288, 400: 18_432, 1200: 12_288}  # the training setting: half of it
+TRUTH_RESPONSES = {200: 49_152, 400: 98_304, 1200: 49_152}  # the training setting: half of it
 TRUTH_STREAM = {"exact": 1, "training": 2}
 
 
@@ -272,7 +247,7 @@ class Condition:
     question: str = "all"
     K: int = 8
     reward: str = "BLEU"
-    batches: int = 160
+    batches: int = 600
     rules: tuple = tuple(RULES)
 
     @property
@@ -281,10 +256,10 @@ class Condition:
         return FOLDER / ("-".join(map(str, parts)) + ".json")
 
 
-MAIN = [Condition("training"), Condition("exact", batches=120)]
-REWARD = [Condition(reward=name, batches=60) for name in ("exact match", "slots")]
+MAIN = [Condition("training"), Condition("exact", batches=400)]
+REWARD = [Condition(reward=name, batches=160) for name in ("exact match", "slots")]
 MAP = [
-    Condition(base=base, question=question, K=K, batches=40, rules=tuple(MAP_RULES))
+    Condition(base=base, question=question, K=K, batches=100, rules=tuple(MAP_RULES))
     for base in (400, 200, 1200) for question in MAP_QUESTIONS for K in KS
 ]  # fmt: skip
 
@@ -335,7 +310,7 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
     """Every rule on the same rollouts; targets are G* and, where it is known, G_train."""
     began, c, setting = time.time(), condition, SETTINGS[condition.setting]
     sums = {rule: Sums(c.batches, targets) for rule in c.rules}
-    all_rewards, forks = [], {B: [] for B in BUDGETS}
+    all_rewards, forks, shared = [], *({B: [] for B in BUDGETS} for _ in range(2))
     for n in tqdm(range(c.batches), desc=c.file.stem, disable=None):
         batch = roll(policy, 3, n, c.question, BATCH // c.K, c.K, setting.top_p)
         rewards, weight = batch.rewards(c.reward), batch.weight(setting)
@@ -347,12 +322,14 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
         all_rewards += rewards
         for B in BUDGETS:
             for tokens, lengths, surprisal, group in batch.groups(rewards):
-                forks[B] += leaf.fork_stats(tokens, lengths, group, leaf.select_boundaries(surprisal, lengths, B))
+                boundaries = leaf.select_boundaries(surprisal, lengths, B)
+                forks[B] += leaf.fork_stats(tokens, lengths, group, boundaries)
+                shared[B].append(shared_tokens(tokens, lengths, group, boundaries))
     return {
         "condition": {k: v for k, v in vars(c).items() if k != "rules"},
         "truth": {name: round(t.half_cosine, 4) for name, t in zip(TARGETS, targets)},
         "rules": compare(sums),
-        "forks": {B: fork_summary(all_rewards, reports) for B, reports in forks.items()},
+        "forks": {B: fork_summary(all_rewards, forks[B], shared[B]) for B in BUDGETS},
         "seconds": round(time.time() - began),
     }
 
@@ -374,8 +351,15 @@ def compare(sums: dict[str, Sums]) -> dict[str, dict]:
     return table
 
 
-def fork_summary(rewards, reports: list[dict]) -> dict[str, float]:
-    summary = leaf.group_stats(rewards, reports)
+def shared_tokens(tokens, lengths, rewards, boundaries) -> float:
+    """Share of tokens that stand in a span which ends at a node: the rest, the tails, are nobody else's."""
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    ends = [max([v.boundary for v in nodes if i in v.members], default=0) for i in range(len(rewards))]
+    return sum(map(min, ends, lengths.tolist())) / int(lengths.sum())
+
+
+def fork_summary(rewards, reports: list[dict], shared: list[float]) -> dict[str, float]:
+    summary = leaf.group_stats(rewards, reports) | {"shared_tokens": fmean(shared)}
     for name in ("group_size", "reward_spread"):  # of the retained groups
         summary[name] = fmean(report[name] for report in reports)
     return {name: round(value, 4) for name, value in summary.items()}
@@ -385,7 +369,7 @@ def fork_summary(rewards, reports: list[dict]) -> dict[str, float]:
 # Where credit goes: the true advantage of every token
 
 
-DECISION_BATCHES, COMPLETIONS, DECISIVE = 2, 32, 0.1
+DECISION_BATCHES, COMPLETIONS, DECISIVE = 3, 64, 0.1
 BINS = 10  # of the relative position in a response
 BOOTSTRAP = 1000
 
@@ -560,7 +544,7 @@ def example(prompts) -> dict:
     long = [p for p in prompts if len(p["row"]["slots"]) == 7]
     p, k = max(((p, k) for p in long for k in range(len(p["rewards"]))), key=lambda x: abs(x[0]["truth"][x[1]]).max())
     n = p["mask"][k].sum()
-    shown = {"true advantage": p["truth"][k]} | {rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, VARIANT)}
+    shown = {"true advantage": p["truth"][k]} | {rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, OURS)}
     return {
         "reference": p["row"]["reference"],
         "pieces": p["pieces"][k],
@@ -574,7 +558,7 @@ def example(prompts) -> dict:
 # Tables and figures
 
 
-SHOWN = {"LEAF": "tab:blue", BASELINE: "tab:orange", VARIANT: "tab:green"}
+SHOWN = {"LEAF": "tab:blue", BASELINE: "tab:orange", OURS: "tab:green"}
 BASE_COLOURS = {200: "tab:red", 400: "tab:purple", 1200: "tab:cyan"}
 K_MARKERS = {4: "o", 8: "s", 16: "^"}
 
@@ -611,10 +595,10 @@ def show_map(cells: list[dict]):
                 f"{fork['usable_fork_fire']:.2f}", f"{fork['fork_fire']:.2f}", f"{fork['group_size']:.1f}",
                 f"{fork['reward_spread']:.3f}", f"{fork['reward_std']:.3f}",
                 f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}", cell(row["cosine G* difference"]),
-                cell(row["SNR difference"]), cell(result["rules"][VARIANT]["cosine G* difference"]),
+                cell(row["SNR difference"]), cell(result["rules"][OURS]["cosine G* difference"]),
             ]  # fmt: skip
     columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
-               "LEAF's difference", "SNR difference", f"{VARIANT}'s, B=2"]  # fmt: skip
+               "LEAF's difference", "SNR difference", f"{OURS}'s, B=2"]  # fmt: skip
     show("map, training setting", columns, rows)
 
 
@@ -655,7 +639,7 @@ def plot_credit(main: dict, d: dict):
     x = (np.arange(BINS) + 0.5) / BINS
     for name, colour in {"true advantage": "black", **SHOWN}.items():
         y = np.array(d["position"][name])
-        line.plot(x, y / y.mean(), "o-", color=colour, label=name, linestyle="--" if name == "true advantage" else "-")
+        line.plot(x, y / y.mean(), "o--" if name == "true advantage" else "o-", color=colour, label=name)
     line.set_xlabel("position in the response")
     line.set_ylabel("mean |credit|, over its mean")
     line.set_title("(b) where credit goes", fontsize=10)
@@ -680,11 +664,10 @@ def plot_map(cells: list[dict]):
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
-    variants = {2: VARIANT, 8: f"{VARIANT}, B=8"}
     views = (
         ("(a) LEAF", LEAF_BY_BUDGET, "cosine G* difference"),
         ("(b) LEAF", LEAF_BY_BUDGET, "SNR difference"),
-        (f"(c) {VARIANT}", variants, "cosine G* difference"),
+        (f"(c) {OURS}", {2: OURS}, "cosine G* difference"),
     )
     for axes, (title, rules, measure) in zip(panels, views):
         for result in cells:

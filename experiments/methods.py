@@ -22,7 +22,8 @@ ABLATIONS = {
     "B=4": {"fork_budget": 4},
     "B=8": {"fork_budget": 8},
 }
-VARIANT = {"leave-one-out": {"terms": "leave-one-out"}}  # ours: see leaf.leave_one_out_credits
+OURS = "leave-one-out"  # see leaf.leave_one_out_credits
+VARIANT = {OURS: {"terms": "leave-one-out"}}
 METHODS = MAIN | VARIANT | ABLATIONS
 
 
