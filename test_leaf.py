@@ -48,8 +48,8 @@ import lora
 import train
 from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
 from data import AUDIO, DataError, read_json
-from experiments import compare
-from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig
+from experiments import compare, credit
+from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, Rollout, SpeechConfig, SpeechLM, TextConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask its hub about the base model
 ROOT = Path(train.__file__).resolve().parent
@@ -275,6 +275,25 @@ def test_leaf_degenerate_groups_are_defined():
     torch.testing.assert_close(A, torch.tensor([[-2 / 3], [4 / 3], [-2 / 3]]) * 2.0**-22 / 1e-6, atol=1e-6, rtol=1e-5)
 
 
+def test_global_credit_without_the_root_of_n_is_the_mean_baseline():
+    """Whatever the tree: what all copies of a token get adds up to the same, so LEAF's GA alone is GRPO without std."""
+    rng = random.Random(5)
+    for _ in range(300):
+        _, tokens, lengths, surprisal, rewards = random_group(rng)
+        if int(lengths.max()) == 0:
+            continue
+        raw = dict(terms="global", multiplicity=False, normalize=False)
+        found = leaf.leaf_advantages(tokens, lengths, surprisal, rewards, 3, **raw)
+        expected = leaf.grpo_advantages(rewards, lengths, std_floor=1.0)
+        sums = {}
+        for i, length in enumerate(lengths.tolist()):
+            for t in range(length):
+                key = tuple(tokens[i, : t + 1].tolist())
+                a, b = sums.get(key, (0.0, 0.0))
+                sums[key] = a + found[i, t].item(), b + expected[i, t].item()
+        assert all(a == pytest.approx(b, abs=1e-5) for a, b in sums.values())
+
+
 @pytest.mark.parametrize("boundaries", [[], [1], [2], [1, 2]])
 def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
     """Every group of 3 responses of a policy with a logit per prefix, each with its probability: nothing is sampled."""
@@ -295,9 +314,9 @@ def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
         tokens, lengths = pack([responses[o] for o in group], T)
         r = [rewards[o] for o in group]
         nodes = leaf.build_tree(tokens, lengths, r, boundaries)
-        for i, start, end, credit in leaf.leave_one_out_credits(lengths, r, nodes):
+        for i, start, end, value in leaf.leave_one_out_credits(lengths, r, nodes):
             for step in steps[group[i]][start:end]:
-                weight[step] = weight.get(step, 0) + chance * credit / 3
+                weight[step] = weight.get(step, 0) + chance * value / 3
     (expected,) = torch.autograd.grad(sum(w * logp[step] for step, w in weight.items()), logits)
     assert torch.allclose(expected, truth, rtol=0, atol=1e-12)
 
@@ -2788,3 +2807,37 @@ def test_every_method_of_the_comparison_is_flags_of_train():
         if ", K" not in method:
             seen.add(tuple(advantages.flatten().tolist()))
     assert len(seen) == len(compare.METHODS)
+
+
+def test_the_microscopes_statistics_are_those_of_all_pairs():
+    """SNR and the mean gradient's cosine from sums over blocks, against every pair of batches written out."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(2, 30, generator=generator) * 0.1 + torch.arange(30.0)
+    target = credit.Target.of(truth)
+    assert target.norm**2 == pytest.approx(float(truth[0] @ truth[1])) and torch.equal(target.mean, truth.mean(0))
+    gradients = torch.randn(60, 30, generator=generator) * 9 + torch.arange(30.0)
+    sums = credit.Sums(60, [target])
+    for n, g in enumerate(gradients):
+        sums.add(n, g)
+    for left_out, (snr, bias) in zip((None, *range(credit.BLOCKS)), sums.whole()):
+        kept = gradients[torch.from_numpy(sums.member != left_out)]
+        products, n = kept @ kept.T, len(kept)
+        square = float(products.sum() - products.trace()) / n / (n - 1)
+        assert snr == pytest.approx(square / (float(products.trace()) / n - square), rel=1e-4)
+        assert bias == pytest.approx(float(kept.mean(0) @ target.mean) / square**0.5 / target.norm, rel=1e-4)
+    assert sums.cosines()[3, 0] == pytest.approx(float(gradients[3] @ target.mean / gradients[3].norm()) / target.norm)
+
+
+def test_the_microscope_weighs_tokens_as_the_loss_does():
+    """In the training setting, weight times advantage is the gradient of the trainer's loss at ratio 1 without KL."""
+    lengths = torch.tensor([[1, 4, 3], [5, 2, 2]])
+    shape = (2, 3, 5)
+    logp, advantages = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    rollout = Rollout(torch.zeros(shape, dtype=torch.int64), lengths, *torch.zeros(2, *shape))
+    batch = credit.Batch([], [], None, rollout, [])
+    flat = (x.flatten(0, 1) for x in (logp, logp.detach(), logp.detach(), advantages, rollout.mask))
+    loss, _ = leaf.policy_loss(*flat, kl_coef=0.0)
+    (gradient,) = torch.autograd.grad(-loss, logp)
+    assert torch.allclose(batch.weight(credit.SETTINGS["training"]) * advantages, gradient, atol=1e-7)
+    summed = batch.weight(credit.SETTINGS["exact"])
+    assert torch.equal(summed, rollout.mask / 6)
