@@ -277,6 +277,10 @@ def paired(runs: dict[tuple, dict], task: str, one: str, other: str, metric: str
     return f"{mean:+.2f} ± {half:.2f}"
 
 
+def tasks_of(runs: list[dict]) -> list[str]:
+    return [task for task in TASKS if any(r["task"] == task for r in runs)]
+
+
 def column(runs: list[dict], metric: str) -> str:
     values = [r["test"][metric] for r in runs]
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
@@ -362,7 +366,7 @@ def fork_cells(runs: list[dict], by: str) -> list[dict]:
 
 def fork_table(stages: dict) -> str:
     rows = []
-    for task in TASKS:
+    for task in tasks_of(stages["main"]):
         own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, "LEAF")]
         for by, parts in (("phase", PHASES), ("place", PLACES)):
             for c in fork_cells(own, by):
@@ -382,7 +386,7 @@ def save(figure, name: str):
 def plot_curves(stages: dict):
     import matplotlib.pyplot as plt  # nothing but figures needs it
 
-    tasks = [task for task in TASKS if any(r["task"] == task for r in stages["main"])]
+    tasks = tasks_of(stages["main"])
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False)
     for axis, task in zip(axes[0], tasks):
         at_start = {r["base"]: r["validation"] for r in stages["bases"] if r["task"] == task}
@@ -409,7 +413,7 @@ def plot_forks(runs: list[dict]):
     parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
     for row, (by, parts, label) in zip(axes, parts_of):
         for axis, (name, title) in zip(row, shown.items()):
-            for task in TASKS:
+            for task in tasks_of(runs):
                 cells = fork_cells([r for r in runs if (r["task"], r["method"]) == (task, "LEAF")], by)
                 axis.plot([(c[by] + 0.5) / parts for c in cells], [c[name] for c in cells], "o-", label=task)
             axis.set_title(title, fontsize=10)
