@@ -390,7 +390,8 @@ def plot_curves(stages: dict):
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False)
     for axis, task in zip(axes[0], tasks):
         at_start = {r["base"]: r["validation"] for r in stages["bases"] if r["task"] == task}
-        for method in COMPARED:
+        known = {r["method"] for r in stages["main"] if r["task"] == task}
+        for method in (method for method in COMPARED if method in known):
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             steps = [0, *map(int, own[0]["validation"])]
             values = torch.tensor([[at_start[r["base"]], *r["validation"].values()] for r in own])  # (runs, steps)
