@@ -1,0 +1,382 @@
+"""A small model trained by LEAF against a larger one trained in full: "smaller LEAF models beat larger full-parameter
+baselines" (arXiv 2606.07610), in small.
+
+    python -m experiments.large --out runs/large               one base model of each size, three seeds of rollouts
+    python -m experiments.large --out runs/large --bases 0 1   more bases: the command goes on from what is there
+
+Both models are made by train.py's recipe from the same rows: CTC on the encoder, freeze it, then projector and decoder
+on the `target` texts. The small one is its default, the large one has three times as many parameters, in the encoder
+as in the decoder. From there, on the synthetic task "qa":
+
+    small   LEAF + LoRA with train.py's defaults, only fewer steps
+    large   SFT of projector and decoder on the `target` texts, of which 10% have the wording that is rewarded; or on
+            the `reference` texts, that is, told by heart what the reward only hints at (as the paper's SFT baselines)
+    large   GRPO (the authors' floor of 1/3) of all of the decoder's parameters, embeddings included. The projector
+            stays as it is: as for LEAF, recordings are turned into embeddings once. The KL reference is the base.
+
+Each of the large model's goes as long as the small model's run took ("equal time"), and over as many rollouts or, SFT
+having none, answers ("equal rollouts", "equal answers"). With the same seed LEAF and GRPO are given the same prompts in
+the same order and the same random numbers. Time is this process's CPU time on one thread, in training steps alone:
+neither evaluation nor preparation counts. Since the schedule of the learning rate has to know its end, an equal time is
+a number of steps, from the seconds of a step in the grid below; what it took in truth is reported.
+
+The large model's learning rates are settled on the validation split of the first base, from a grid of short runs with
+a seed of their own. The small one's is train.py's default. The test split is used once, at the end of each run.
+
+Every finished run is a JSON file below --out, and the summary is experiments/results/large.json, too.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from unittest import mock
+
+import torch
+
+import data
+import train
+from experiments.keep import RESULTS, processor
+from lora import lora_disabled, lora_parameters
+from model import SpeechConfig
+
+CFG = train.Config(steps=150, eval_every=0, device="cpu", dtype="float32")
+CPU = torch.device("cpu")
+LARGE_BASE = {}  # what the large model's base is given beyond train.py's defaults
+NAMES = {"sft-target": "SFT on targets", "sft-reference": "SFT on references", "grpo": "GRPO"}
+GRID = {"sft-target": (3e-4, 1e-3, 3e-3), "sft-reference": (3e-4, 1e-3, 3e-3), "grpo": (1e-4, 3e-4, 1e-3)}
+GRID_SEED = 1000  # of no run that is compared
+POINTS = 5  # of a run's validation curve
+FIGURES = ("BLEU greedy", "BLEU sampled", "exact match %")
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
+
+
+def is_sft(kind: str) -> bool:
+    return kind.startswith("sft-")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two models
+
+
+def larger(*sizes) -> SpeechConfig:
+    """SpeechConfig.compact with 5.7 instead of 1.8 million parameters, in more and wider layers."""
+    c = COMPACT(*sizes)
+    return replace(
+        c,
+        encoder_config=replace(c.encoder_config, num_layers=6, hidden_dim=144, dim_head=36),
+        projector_config=replace(c.projector_config, hidden_size=144, intermediate_size=288, encoder_hidden_size=144),
+        text_config=replace(c.text_config, num_hidden_layers=6, hidden_size=192, intermediate_size=384,
+                            num_attention_heads=6, num_key_value_heads=3),
+    )  # fmt: skip
+
+
+COMPACT = SpeechConfig.compact
+SHAPES = {"small": COMPACT, "large": larger}
+
+
+@dataclass
+class Side:
+    """One of the two models: the configuration of its base, and the splits as that base hears them."""
+
+    size: str
+    cfg: train.Config
+
+    @cached_property
+    def splits(self) -> dict[str, data.Split]:
+        """Made when first asked for, and the base with them: nothing is where all runs are finished."""
+        splits = {name: data.Split(name, rows, self.cfg.cache_gb) for name, rows in train.load_rows(self.cfg).items()}
+        with mock.patch.object(SpeechConfig, "compact", SHAPES[self.size]):
+            train.make_base(self.cfg, splits["train"], self.cfg.base_folder, CPU)
+        return splits
+
+    def load(self, kind: str, *names: str):
+        """The base, its tokenizer, and the splits of these names as it hears them in a run of this kind."""
+        splits = [self.splits[name] for name in names]  # before the base is loaded: this may have to train it
+        model, tokenizer = train.load(self.cfg, CPU, torch.float32)
+        for split in splits:
+            listen(split, model, tokenizer, kind)
+        return model, tokenizer, *splits
+
+
+def open_side(size: str, out: Path, base_seed: int) -> Side:
+    more = LARGE_BASE if size == "large" else {}
+    return Side(size, replace(CFG, base_seed=base_seed, base=str(out / f"base-{size}-seed{base_seed}"), **more))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training further
+
+
+def listen(split: data.Split, model, tokenizer, kind: str):
+    """Encoder frames are computed once, for all runs; audio embeddings once in a run, unless SFT trains the projector;
+    the prompts' text is embedded anew after each update, unless that is of LoRA."""
+    split.encode(model)
+    split.tokenizer, split.frozen = tokenizer, kind == "leaf"
+    split.sounds = lambda indices: model.project(split.frames(indices))
+    if not is_sft(kind):
+        split.sounds = split.cache("projecting", split.sounds)
+
+
+def held(parameters: dict):
+    """A reference for train.train_policy: inside, the parameters have the values that they have now."""
+    values = [p.detach().clone() for p in parameters.values()]
+
+    @contextlib.contextmanager
+    def reference(model):
+        trained = [p.data for p in parameters.values()]
+        try:
+            for p, value in zip(parameters.values(), values):
+                p.data = value
+            yield
+        finally:
+            for p, value in zip(parameters.values(), trained):
+                p.data = value
+
+    return reference
+
+
+def watched(fit, validate):
+    """train.fit, whose log then has the CPU seconds of each step and, POINTS times, validate() after it."""
+
+    def watched_fit(stage, folder, steps, named, optimizer, cfg, seed, step_fn, agree=bool):
+        def one_step(step):
+            began = time.process_time()
+            metrics = step_fn(step)
+            metrics["cpu_seconds"] = time.process_time() - began
+            if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
+                metrics["validation_bleu"] = validate()
+            return metrics
+
+        fit(stage, folder, steps, named, optimizer, cfg, seed, one_step, agree)
+
+    return watched_fit
+
+
+def greedy_bleu(model, tokenizer, split: data.Split, cfg) -> float:
+    answers = train.answer(model, tokenizer, split, cfg)
+    return data.corpus_bleu(answers, [row["reference"] for row in split.rows], lowercase=True)
+
+
+def supervise(cfg, model, tokenizer, rows: data.Split, told: str, folder: Path) -> dict:
+    """Full SFT on the texts that rows have as `told`. Returns what was trained, by name."""
+    rows = copy.copy(rows)
+    rows.rows = [row | {"target": row[told]} for row in rows.rows]
+    cfg = replace(cfg, base_seed=1000 * (cfg.seed + 1) + cfg.base_seed)  # it keys the order of rows: not the base's
+    train.train_sft(cfg, model, tokenizer, rows, folder, freeze_encoder=True)
+    parts = {"projector": model.projector, "language_model": model.language_model}
+    return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+
+
+def reinforce(cfg, model, tokenizer, rows: data.Split, folder: Path) -> dict:
+    """LEAF with LoRA, or GRPO of the whole decoder. Returns what was trained, by name."""
+    if cfg.algo == "leaf":
+        train.adapt(cfg, model)
+        trained, reference = lora_parameters(model), lora_disabled
+    else:
+        trained = {f"language_model.{name}": p for name, p in model.language_model.named_parameters()}
+        reference = held(trained)
+    train.train_policy(cfg, model, tokenizer, rows, None, folder, trained, reference)
+    return trained
+
+
+def post_train(side: Side, kind: str, steps: int, lr: float, seed: int, folder: Path):
+    """Train the side's base further, in folder. Returns model, tokenizer and figures, without those of the test split.
+
+    A step of SFT is a batch of answers, a step of LEAF or GRPO a batch of rollouts with its updates.
+    """
+    model, tokenizer, rows, validation = side.load(kind, "train", "validation")
+    cfg = side.cfg
+    size = sum(p.numel() for p in model.parameters())
+    log_cpu_seconds = watched(train.fit, lambda: greedy_bleu(model, tokenizer, validation, cfg))
+    with mock.patch.object(train, "fit", log_cpu_seconds):
+        if is_sft(kind):
+            log, counted, per_step = "sft.jsonl", "answers", cfg.base_batch
+            cfg = replace(cfg, seed=seed, sft_steps=steps, sft_lr=lr)
+            trained = supervise(cfg, model, tokenizer, rows, kind.removeprefix("sft-"), folder)
+        else:
+            log, counted, per_step = "policy.jsonl", "rollouts", cfg.prompts * cfg.responses
+            cfg = replace(cfg, seed=seed, algo=kind, steps=steps, lr=lr)
+            trained = reinforce(cfg, model, tokenizer, rows, folder)
+    seconds, curve = 0.0, []
+    for line in map(json.loads, (folder / log).read_text().splitlines()):
+        seconds += line["cpu_seconds"]
+        if "validation_bleu" in line:
+            curve.append({"step": line["step"], "cpu_seconds": seconds, "BLEU": line["validation_bleu"]})
+    return model, tokenizer, {
+        "parameters": size,
+        "trained_parameters": sum(p.numel() for p in trained.values()),
+        "lr": lr,
+        "steps": steps,
+        counted: steps * per_step,
+        "cpu_seconds": seconds,
+        "validation": curve,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is run: bases, the grid, and every method with every seed
+
+
+def done(path: Path, work) -> dict:
+    """What work(folder) returns, kept as a JSON file; from there, where it is done already."""
+    if not path.exists():
+        folder = path.with_suffix("")
+        data.write_json(path, work(folder))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return data.read_json(path)
+
+
+def base_figures(side: Side, folder: Path) -> dict:
+    """Of a base as it is: how it reads the validation split, and what it scores on the test split."""
+    model, tokenizer, validation, test = side.load("leaf", "validation", "test")
+    cfg = side.cfg
+    answers = train.answer(model, tokenizer, validation, cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "ctc_steps": cfg.ctc_steps,
+        "sft_steps": cfg.sft_steps,
+        "validation": {
+            "BLEU": data.corpus_bleu(answers, [row["reference"] for row in validation.rows], lowercase=True),
+            "slots heard %": 100 * data.slot_accuracy(answers, validation.rows),
+        },
+        "test": train.evaluate(model, tokenizer, test, cfg, folder / "predictions.jsonl"),
+    }
+
+
+def tested(side: Side, kind: str, steps: int, lr: float, seed: int, folder: Path) -> dict:
+    """A run, and its one look at the test split."""
+    model, tokenizer, figures = post_train(side, kind, steps, lr, seed, folder)
+    listen(side.splits["test"], model, tokenizer, "leaf")  # trained to its end, the projector is frozen
+    predictions = folder / "predictions.jsonl"
+    return figures | {"test": train.evaluate(model, tokenizer, side.splits["test"], side.cfg, predictions)}
+
+
+def settle(side: Side, folder: Path) -> dict[str, dict]:
+    """The large model's learning rates: of each kind's short runs, the one with the best validation BLEU at its end."""
+    chosen = {}
+    for kind, rates in GRID.items():
+        steps = CFG.steps // (2 if is_sft(kind) else 4)
+        runs = [
+            done(folder / f"{kind}-{lr:g}.json", lambda place: post_train(side, kind, steps, lr, GRID_SEED, place)[2])
+            for lr in rates
+        ]
+        ends = [run["validation"][-1]["BLEU"] for run in runs]
+        best = runs[ends.index(max(ends))]
+        chosen[kind] = {"lr": best["lr"], "step_seconds": best["cpu_seconds"] / steps, "grid": dict(zip(rates, ends))}
+        print(f"{NAMES[kind]}: learning rate {best['lr']:g}, of {chosen[kind]['grid']}")
+    return chosen
+
+
+def compare(sides: dict[str, Side], settled: dict, seed: int, folder: Path) -> dict[str, dict]:
+    """All methods from one base of each size, with one seed: figures by method."""
+    small = done(folder / "leaf.json", lambda place: tested(sides["small"], "leaf", CFG.steps, CFG.lr, seed, place))
+    runs = {"small, LEAF + LoRA": small}
+    for kind, chosen in settled.items():
+        same = "answers" if is_sft(kind) else "rollouts"
+        per_step = CFG.base_batch if is_sft(kind) else CFG.prompts * CFG.responses
+        budgets = {"time": small["cpu_seconds"] / chosen["step_seconds"], same: small["rollouts"] / per_step}
+        for budget, steps in budgets.items():
+            runs[f"large, {NAMES[kind]}, equal {budget}"] = done(
+                folder / f"{kind}-{budget}.json",
+                lambda place: tested(sides["large"], kind, max(1, round(steps)), chosen["lr"], seed, place),
+            )
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is reported
+
+
+def interval(differences: dict[tuple[int, int], float]) -> dict:
+    """Mean of differences by (base, seed), and its 95% confidence: over bases, or over the seeds of a single one."""
+    bases = sorted({base for base, _ in differences})
+    units = [mean(x for (b, _), x in differences.items() if b == base) for base in bases]
+    if len(bases) == 1:
+        units = list(differences.values())
+    half = T_975[len(units) - 2] * stdev(units) / len(units) ** 0.5 if len(units) > 1 else None
+    return {"mean": mean(units), "half_width_95": half, "units": len(units)}
+
+
+def summarise(runs: dict[tuple[int, int], dict], untrained: dict[str, dict], settled: dict) -> dict:
+    """Of runs[base, seed][method] and untrained[size][base]: mean, std, and what LEAF's small model is ahead by."""
+    leaf, *others = next(iter(runs.values()))
+    methods = {}
+    for method in (leaf, *others):
+        mine = {at: run[method] for at, run in runs.items()}
+        methods[method] = {
+            key: mean(run[key] for run in mine.values())
+            for key in ("parameters", "trained_parameters", "rollouts", "answers", "steps", "lr", "cpu_seconds")
+            if all(key in run for run in mine.values())
+        }
+        for name in FIGURES:
+            values = {at: run["test"][name] for at, run in mine.items()}
+            figure = {"mean": mean(values.values()), "std": stdev(values.values()) if len(values) > 1 else None}
+            if method != leaf:
+                ahead = {at: runs[at][leaf]["test"][name] - value for at, value in values.items()}
+                figure["LEAF ahead"] = interval(ahead)
+            methods[method][name] = figure
+    return {
+        "untrained": untrained,
+        "learning rates": settled,
+        "methods": methods,
+        "runs": {f"base {base}, seed {seed}": run for (base, seed), run in runs.items()},
+    }
+
+
+def show(summary: dict):
+    heads = ("", "parameters", "trained", "rollouts", "answers", "CPU s")
+    columns = [*heads, *FIGURES, "LEAF ahead, BLEU greedy"]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for size, untrained in summary["untrained"].items():
+        scores = [f"{mean(base['test'][name] for base in untrained.values()):.1f}" for name in FIGURES]
+        cells = [f"{size}, base", f"{next(iter(untrained.values()))['parameters']:,}", "", "", "", "", *scores, ""]
+        print("| " + " | ".join(cells) + " |")
+    for method, figures in summary["methods"].items():
+        counts = [figures.get(key) for key in ("parameters", "trained_parameters", "rollouts", "answers")]
+        cells = [method, *(f"{n:,.0f}" if n else "" for n in counts), f"{figures['cpu_seconds']:.0f}"]
+        for name in FIGURES:
+            spread = figures[name]["std"]
+            cells.append(f"{figures[name]['mean']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""))
+        ahead = figures["BLEU greedy"].get("LEAF ahead", {"mean": None})
+        half = f" ± {ahead['half_width_95']:.1f}" if ahead.get("half_width_95") is not None else ""
+        cells.append(f"{ahead['mean']:+.1f}{half}" if ahead["mean"] is not None else "")
+        print("| " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bases and of every finished run")
+    parser.add_argument("--bases", type=int, nargs="+", default=[0], help="seeds of the bases and of the data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of rollouts and of the order of rows")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {"config": asdict(CFG), "base": LARGE_BASE, "shape": asdict(larger(800, 25, 1))}
+    settings["grid"] = {kind: list(rates) for kind, rates in GRID.items()}
+    with data.lock(args.out, wait=False):
+        data.check_same(args.out, settings, "config.json")
+        untrained, runs, settled = {size: {} for size in SHAPES}, {}, None
+        for base in args.bases:
+            sides = {size: open_side(size, args.out, base) for size in SHAPES}
+            for size, side in sides.items():
+                path = args.out / f"untrained-{size}-seed{base}.json"
+                untrained[size][base] = done(path, lambda place: base_figures(side, place))
+            settled = settled or settle(sides["large"], args.out / "grid")  # on the first base
+            for seed in args.seeds:
+                runs[base, seed] = compare(sides, settled, seed, args.out / f"base{base}-seed{seed}")
+        summary = summarise(runs, untrained, settled)
+        summary["machine"] = {"processor": processor(), "torch": torch.__version__, "threads": 1}
+        for folder, name in ((args.out, "summary.json"), (RESULTS, "large.json")):
+            data.write_json(folder / name, summary)
+    show(summary)
+
+
+if __name__ == "__main__":
+    main()
