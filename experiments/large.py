@@ -10,15 +10,16 @@ as in the decoder. From there, on the synthetic task "qa":
 
     small   LEAF + LoRA with train.py's defaults, only fewer steps
     large   SFT of projector and decoder on the `target` texts, of which 10% have the wording that is rewarded; or on
-            the `reference` texts, that is, told by heart what the reward only hints at (as the paper's SFT baselines)
+            the `reference` texts, which LEAF and GRPO meet in the reward alone (as the paper's SFT baselines)
     large   GRPO (the authors' floor of 1/3) of all of the decoder's parameters, embeddings included. The projector
             stays as it is: as for LEAF, recordings are turned into embeddings once. The KL reference is the base.
 
 Each of the large model's goes as long as the small model's run took ("equal time"), and over as many rollouts or, SFT
 having none, answers ("equal rollouts", "equal answers"). With the same seed LEAF and GRPO are given the same prompts in
-the same order and the same random numbers. Time is this process's CPU time on one thread, in training steps alone:
-neither evaluation nor preparation counts. Since the schedule of the learning rate has to know its end, an equal time is
-a number of steps, from the seconds of a step in the grid below; what it took in truth is reported.
+the same order and the same random numbers. Time is this process's CPU time on one thread, whoever else keeps the
+processor busy, and that of training steps alone: neither evaluation nor preparation counts. Since the schedule of the
+learning rate has to know its end, an equal time is a number of steps, from the seconds of a step in the grid below;
+what it took in truth is reported.
 
 The large model's learning rates are settled on the validation split of the first base, from a grid of short runs with
 a seed of their own. The small one's is train.py's default. The test split is used once, at the end of each run.
@@ -143,15 +144,15 @@ def held(parameters: dict):
 
 
 def watched(fit, validate):
-    """train.fit, whose log then has the CPU seconds of each step and, POINTS times, validate() after it."""
+    """train.fit, whose log then has the seconds of each step, wall-clock and CPU, and POINTS times validate() after."""
 
     def watched_fit(stage, folder, steps, named, optimizer, cfg, seed, step_fn, agree=bool):
         def one_step(step):
-            began = time.process_time()
+            wall, cpu = time.perf_counter(), time.process_time()
             metrics = step_fn(step)
-            metrics["cpu_seconds"] = time.process_time() - began
+            metrics |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
             if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
-                metrics["validation_bleu"] = validate()
+                metrics["validation"] = validate()
             return metrics
 
         fit(stage, folder, steps, named, optimizer, cfg, seed, one_step, agree)
@@ -159,9 +160,11 @@ def watched(fit, validate):
     return watched_fit
 
 
-def greedy_bleu(model, tokenizer, split: data.Split, cfg) -> float:
-    answers = train.answer(model, tokenizer, split, cfg)
-    return data.corpus_bleu(answers, [row["reference"] for row in split.rows], lowercase=True)
+def read(model, tokenizer, split: data.Split, cfg) -> dict[str, float]:
+    """Of greedy answers: how right they are, and how well the recording was heard, whatever the wording."""
+    answers, references = train.answer(model, tokenizer, split, cfg), [row["reference"] for row in split.rows]
+    bleu, slots = data.corpus_bleu(answers, references, lowercase=True), data.slot_accuracy(answers, split.rows)
+    return {"BLEU greedy": bleu, "slots heard %": 100 * slots}
 
 
 def supervise(cfg, model, tokenizer, rows: data.Split, told: str, folder: Path) -> dict:
@@ -194,8 +197,7 @@ def post_train(side: Side, kind: str, steps: int, lr: float, seed: int, folder: 
     model, tokenizer, rows, validation = side.load(kind, "train", "validation")
     cfg = side.cfg
     size = sum(p.numel() for p in model.parameters())
-    log_cpu_seconds = watched(train.fit, lambda: greedy_bleu(model, tokenizer, validation, cfg))
-    with mock.patch.object(train, "fit", log_cpu_seconds):
+    with mock.patch.object(train, "fit", watched(train.fit, lambda: read(model, tokenizer, validation, cfg))):
         if is_sft(kind):
             log, counted, per_step = "sft.jsonl", "answers", cfg.base_batch
             cfg = replace(cfg, seed=seed, sft_steps=steps, sft_lr=lr)
@@ -204,18 +206,18 @@ def post_train(side: Side, kind: str, steps: int, lr: float, seed: int, folder: 
             log, counted, per_step = "policy.jsonl", "rollouts", cfg.prompts * cfg.responses
             cfg = replace(cfg, seed=seed, algo=kind, steps=steps, lr=lr)
             trained = reinforce(cfg, model, tokenizer, rows, folder)
-    seconds, curve = 0.0, []
+    took, curve = {"seconds": 0.0, "cpu_seconds": 0.0}, []
     for line in map(json.loads, (folder / log).read_text().splitlines()):
-        seconds += line["cpu_seconds"]
-        if "validation_bleu" in line:
-            curve.append({"step": line["step"], "cpu_seconds": seconds, "BLEU": line["validation_bleu"]})
+        took = {clock: past + line[clock] for clock, past in took.items()}
+        if "validation" in line:
+            curve.append({"step": line["step"], **took, **line["validation"]})
     return model, tokenizer, {
         "parameters": size,
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "lr": lr,
         "steps": steps,
         counted: steps * per_step,
-        "cpu_seconds": seconds,
+        **took,
         "validation": curve,
     }  # fmt: skip
 
@@ -234,19 +236,15 @@ def done(path: Path, work) -> dict:
 
 
 def base_figures(side: Side, folder: Path) -> dict:
-    """Of a base as it is: how it reads the validation split, and what it scores on the test split."""
+    """Of a base as it is: whether it is as well trained as the other, and where post-training starts from."""
     model, tokenizer, validation, test = side.load("leaf", "validation", "test")
     cfg = side.cfg
-    answers = train.answer(model, tokenizer, validation, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "ctc_steps": cfg.ctc_steps,
         "sft_steps": cfg.sft_steps,
-        "validation": {
-            "BLEU": data.corpus_bleu(answers, [row["reference"] for row in validation.rows], lowercase=True),
-            "slots heard %": 100 * data.slot_accuracy(answers, validation.rows),
-        },
+        "validation": read(model, tokenizer, validation, cfg),
         "test": train.evaluate(model, tokenizer, test, cfg, folder / "predictions.jsonl"),
     }
 
@@ -268,7 +266,7 @@ def settle(side: Side, folder: Path) -> dict[str, dict]:
             done(folder / f"{kind}-{lr:g}.json", lambda place: post_train(side, kind, steps, lr, GRID_SEED, place)[2])
             for lr in rates
         ]
-        ends = [run["validation"][-1]["BLEU"] for run in runs]
+        ends = [run["validation"][-1]["BLEU greedy"] for run in runs]
         best = runs[ends.index(max(ends))]
         chosen[kind] = {"lr": best["lr"], "step_seconds": best["cpu_seconds"] / steps, "grid": dict(zip(rates, ends))}
         print(f"{NAMES[kind]}: learning rate {best['lr']:g}, of {chosen[kind]['grid']}")
@@ -311,11 +309,8 @@ def summarise(runs: dict[tuple[int, int], dict], untrained: dict[str, dict], set
     methods = {}
     for method in (leaf, *others):
         mine = {at: run[method] for at, run in runs.items()}
-        methods[method] = {
-            key: mean(run[key] for run in mine.values())
-            for key in ("parameters", "trained_parameters", "rollouts", "answers", "steps", "lr", "cpu_seconds")
-            if all(key in run for run in mine.values())
-        }
+        numbers = [key for key, value in mine[next(iter(mine))].items() if isinstance(value, (int, float))]
+        methods[method] = {key: mean(run[key] for run in mine.values()) for key in numbers}
         for name in FIGURES:
             values = {at: run["test"][name] for at, run in mine.items()}
             figure = {"mean": mean(values.values()), "std": stdev(values.values()) if len(values) > 1 else None}
