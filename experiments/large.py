@@ -49,7 +49,6 @@ from model import SpeechConfig
 
 CFG = train.Config(steps=150, eval_every=0, device="cpu", dtype="float32")
 CPU = torch.device("cpu")
-LARGE_BASE = {}  # what the large model's base is given beyond train.py's defaults
 NAMES = {"sft-target": "SFT on targets", "sft-reference": "SFT on references", "grpo": "GRPO"}
 GRID = {"sft-target": (3e-4, 1e-3, 3e-3), "sft-reference": (3e-4, 1e-3, 3e-3), "grpo": (1e-4, 3e-4, 1e-3)}
 GRID_SEED = 1000  # of no run that is compared
@@ -107,8 +106,7 @@ class Side:
 
 
 def open_side(size: str, out: Path, base_seed: int) -> Side:
-    more = LARGE_BASE if size == "large" else {}
-    return Side(size, replace(CFG, base_seed=base_seed, base=str(out / f"base-{size}-seed{base_seed}"), **more))
+    return Side(size, replace(CFG, base_seed=base_seed, base=str(out / f"base-{size}-seed{base_seed}")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +240,6 @@ def base_figures(side: Side, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "ctc_steps": cfg.ctc_steps,
-        "sft_steps": cfg.sft_steps,
         "validation": read(model, tokenizer, validation, cfg),
         "test": train.evaluate(model, tokenizer, test, cfg, folder / "predictions.jsonl"),
     }
@@ -353,8 +349,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of rollouts and of the order of rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"config": asdict(CFG), "base": LARGE_BASE, "shape": asdict(larger(800, 25, 1))}
-    settings["grid"] = {kind: list(rates) for kind, rates in GRID.items()}
+    grid = {kind: list(rates) for kind, rates in GRID.items()}
+    settings = {"config": asdict(CFG), "shape": asdict(larger(800, 25, 1)), "grid": grid}
     with data.lock(args.out, wait=False):
         data.check_same(args.out, settings, "config.json")
         untrained, runs, settled = {size: {} for size in SHAPES}, {}, None
