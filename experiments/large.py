@@ -50,7 +50,7 @@ from model import SpeechConfig
 CFG = train.Config(steps=150, eval_every=0, device="cpu", dtype="float32")
 CPU = torch.device("cpu")
 NAMES = {"sft-target": "SFT on targets", "sft-reference": "SFT on references", "grpo": "GRPO"}
-GRID = {"sft-target": (3e-4, 1e-3, 3e-3), "sft-reference": (3e-4, 1e-3, 3e-3), "grpo": (1e-4, 3e-4, 1e-3)}
+GRID = {"sft-target": (3e-4, 1e-3, 3e-3), "sft-reference": (3e-4, 1e-3, 3e-3), "grpo": (3e-4, 1e-3, 3e-3)}
 GRID_SEED = 1000  # of no run that is compared
 POINTS = 5  # of a run's validation curve
 FIGURES = ("BLEU greedy", "BLEU sampled", "exact match %")
