@@ -8,7 +8,7 @@ Both models are made by train.py's recipe from the same rows: CTC on the encoder
 on the `target` texts. The small one is its default, the large one has three times as many parameters, in the encoder
 as in the decoder. From there, on the synthetic task "qa":
 
-    small   LEAF + LoRA with train.py's defaults, only fewer steps
+    small   LEAF + LoRA as train.py has it, for fewer steps
     large   SFT of projector and decoder on the `target` texts, of which 10% have the wording that is rewarded; or on
             the `reference` texts, which LEAF and GRPO meet in the reward alone (as the paper's SFT baselines)
     large   GRPO (the authors' floor of 1/3) of all of the decoder's parameters, embeddings included. The projector
@@ -22,7 +22,7 @@ learning rate has to know its end, an equal time is a number of steps, from the 
 what it took in truth is reported.
 
 The large model's learning rates are settled on the validation split of the first base, from a grid of short runs with
-a seed of their own. The small one's is train.py's default. The test split is used once, at the end of each run.
+a seed of their own. The small one's is the best of experiments.compare's, whose runs are about as long. The test split is used once, at the end of each run.
 
 Every finished run is a JSON file below --out, and the summary is experiments/results/large.json, too.
 """
@@ -43,18 +43,18 @@ import torch
 
 import data
 import train
+from experiments.compare import T
 from experiments.keep import RESULTS, processor
 from lora import lora_disabled, lora_parameters
 from model import SpeechConfig
 
-CFG = train.Config(steps=150, eval_every=0, device="cpu", dtype="float32")
+CFG = train.Config(steps=150, lr=4e-3, eval_every=0, device="cpu", dtype="float32")  # rate: experiments.compare
 CPU = torch.device("cpu")
 NAMES = {"sft-target": "SFT on targets", "sft-reference": "SFT on references", "grpo": "GRPO"}
 GRID = {"sft-target": (3e-4, 1e-3, 3e-3), "sft-reference": (3e-4, 1e-3, 3e-3), "grpo": (3e-4, 1e-3, 3e-3)}
 GRID_SEED = 1000  # of no run that is compared
 POINTS = 5  # of a run's validation curve
 FIGURES = ("BLEU greedy", "BLEU sampled", "exact match %")
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
 
 
 def is_sft(kind: str) -> bool:
@@ -295,7 +295,7 @@ def interval(differences: dict[tuple[int, int], float]) -> dict:
     units = [mean(x for (b, _), x in differences.items() if b == base) for base in bases]
     if len(bases) == 1:
         units = list(differences.values())
-    half = T_975[len(units) - 2] * stdev(units) / len(units) ** 0.5 if len(units) > 1 else None
+    half = T[len(units) - 1] * stdev(units) / len(units) ** 0.5 if len(units) > 1 else None
     return {"mean": mean(units), "half_width_95": half, "units": len(units)}
 
 
