@@ -22,7 +22,8 @@ learning rate has to know its end, an equal time is a number of steps, from the 
 what it took in truth is reported.
 
 The large model's learning rates are settled on the validation split of the first base, from a grid of short runs with
-a seed of their own. The small one's is the best of experiments.compare's, whose runs are about as long. The test split is used once, at the end of each run.
+a seed of their own. The small one's is the best of experiments.compare's, whose runs are about as long. The test split
+is used once, at the end of each run.
 
 Every finished run is a JSON file below --out, and the summary is experiments/results/large.json, too.
 """
