@@ -652,6 +652,7 @@ def plot_credit(main: dict, d: dict):
         bars.errorbar(gain["value"], y, xerr=gain["ci"], fmt="o", color=colour, capsize=2)
     bars.axvline(0, color=SHOWN[BASELINE])
     bars.set_yticks(range(len(rules)), rules, fontsize=8)
+    bars.locator_params(axis="x", nbins=6)
     base = main["rules"][BASELINE]["cosine G*"]["value"]
     bars.set_xlabel(f"cosine with G*, minus that of {BASELINE} ({base:.3f})")
     bars.set_title("(c) one batch's gradient, 95% intervals", fontsize=10)
