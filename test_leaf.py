@@ -48,7 +48,7 @@ import lora
 import train
 from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
 from data import AUDIO, DataError, read_json
-from experiments import compare, credit
+from experiments import compare, credit, large
 from model import EncoderConfig, MaskedBatchNorm, ProjectorConfig, Prompts, Rollout, SpeechConfig, SpeechLM, TextConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask its hub about the base model
@@ -2841,3 +2841,28 @@ def test_the_microscope_weighs_tokens_as_the_loss_does():
     assert torch.allclose(batch.weight(credit.SETTINGS["training"]) * advantages, gradient, atol=1e-7)
     summed = batch.weight(credit.SETTINGS["exact"])
     assert torch.equal(summed, rollout.mask / 6)
+
+
+def test_a_fully_trained_model_has_its_own_past_as_reference():
+    """Inside, the values of when it was made; outside, the trained ones in the same storage, whatever happens inside."""
+    model = nn.Linear(3, 2)
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    reference = large.held(parameters)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(1)
+    storage = [p.data_ptr() for p in parameters.values()]
+    with pytest.raises(ZeroDivisionError), reference(model):
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        1 / 0
+    assert [p.data_ptr() for p in parameters.values()] == storage
+    assert all(torch.equal(p, before[name] + 1) for name, p in model.named_parameters())
+
+
+def test_intervals_of_one_base_are_over_seeds_and_of_several_over_bases():
+    one = large.interval({(0, seed): float(seed) for seed in range(3)})
+    assert (one["mean"], one["units"]) == (1, 3) and one["half_width_95"] == pytest.approx(compare.T[2] / 3**0.5)
+    several = large.interval({(base, seed): base + 10.0 * seed for base in range(2) for seed in range(3)})
+    assert (several["mean"], several["units"]) == (10.5, 2)
+    assert several["half_width_95"] == pytest.approx(compare.T[1] * 0.5)
