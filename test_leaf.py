@@ -2844,7 +2844,7 @@ def test_the_microscope_weighs_tokens_as_the_loss_does():
 
 
 def test_a_fully_trained_model_has_its_own_past_as_reference():
-    """Inside, the values of when it was made; outside, the trained ones in the same storage, whatever happens inside."""
+    """Inside, the values of when it was made; outside, the trained ones in the same storage, whatever happened."""
     model = nn.Linear(3, 2)
     parameters = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}

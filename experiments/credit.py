@@ -369,7 +369,7 @@ def fork_summary(rewards, reports: list[dict], shared: list[float]) -> dict[str,
 # Where credit goes: the true advantage of every token
 
 
-DECISION_BATCHES, COMPLETIONS, DECISIVE = 3, 64, 0.1
+DECISION_BATCHES, COMPLETIONS, DECISIVE = 20, 32, 0.1
 BINS = 10  # of the relative position in a response
 BOOTSTRAP = 1000
 
@@ -448,6 +448,7 @@ def decisions(policy: Policy, target: Target) -> dict:
             for rule, credit in compared.items()
         }
         oracle.append({rule: float(target.mean @ g / g.norm() / target.norm) for rule, g in gradients.items()})
+    cosines = {rule: np.array([x[rule] for x in oracle]) for rule in oracle[0]}
     return {
         "prompts": len(prompts),
         "completions": COMPLETIONS,
@@ -461,7 +462,8 @@ def decisions(policy: Policy, target: Target) -> dict:
         "rules": {rule: token_agreement(prompts, rule) for rule in RULES},
         "position": {"true advantage": profile(prompts, None)} | {rule: profile(prompts, rule) for rule in RULES},
         "boundaries": {how: summarise_landings(x) for how, x in landed.items()},
-        "cosine of the batches": {rule: [round(x[rule], 4) for x in oracle] for rule in oracle[0]},
+        "cosine G*": {rule: mean_interval(x) for rule, x in cosines.items()},
+        "cosine G* difference": {rule: mean_interval(x - cosines[BASELINE]) for rule, x in cosines.items()},
         "example": example(prompts),
         "seconds": round(time.time() - began),
     }
@@ -613,8 +615,9 @@ def show_decisions(d: dict):
     rows = {how: [*x["nearest at"].values(), x["mean distance"], x["no decision"]] for how, x in where.items()}
     columns = [*offsets, "mean distance", "none in the response"]
     show("nearest decisive token, from the boundary", columns, {how: map(str, row) for how, row in rows.items()})
-    rows = {rule: [f"{fmean(d['cosine of the batches'][rule]):.3f}"] for rule in (*SHOWN, "true advantage")}
-    show("cosine with G*, mean of these batches", ["cosine"], rows)
+    columns = ["cosine G*", "cosine G* difference"]
+    rows = {rule: [cell(d[c][rule]) for c in columns] for rule in (*SHOWN, "true advantage")}
+    show("batches' gradients, with the true advantage as credit beside them", columns, rows)
 
 
 def plot_credit(main: dict, d: dict):
