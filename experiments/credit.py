@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import leaf
 import train
+from experiments.compare import bleu
 from experiments.keep import RESULTS
 from experiments.methods import BASELINE, METHODS, OURS
 from lora import lora_parameters
@@ -126,9 +127,8 @@ class Policy:
         if not file.exists():
             validation = data.Split("validation", rows["validation"], cfg.cache_gb)
             validation.project(model, tokenizer)
-            greedy = train.answer(model, tokenizer, validation, cfg)
-            bleu = data.corpus_bleu(greedy, [row["reference"] for row in rows["validation"]], lowercase=True)
-            data.write_json(file, {"sft_steps": sft_steps, "validation BLEU greedy": round(bleu, 2)})
+            reached = round(bleu(model, tokenizer, validation, cfg), 2)
+            data.write_json(file, {"sft_steps": sft_steps, "validation BLEU greedy": reached})
         every = list(range(len(split.rows)))
         questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()} | {"all": every}
         return cls(model, split, cfg, questions)
