@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 import data
 import train
+from experiments.keep import RESULTS
 from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, VARIANT, with_responses
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = ("qa", "translation", "asterisk")
 BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
