@@ -1,7 +1,7 @@
 """A small model trained by LEAF against a larger one trained in full: "smaller LEAF models beat larger full-parameter
 baselines" (arXiv 2606.07610), in small.
 
-    python -m experiments.large --out runs/large               one base model of each size, three seeds of rollouts
+    python -m experiments.large --out runs/large               one base model of each size, five seeds of rollouts
     python -m experiments.large --out runs/large --bases 0 1   more bases: the command goes on from what is there
 
 Both models are made by train.py's recipe from the same rows: CTC on the encoder, freeze it, then projector and decoder
@@ -347,7 +347,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the bases and of every finished run")
     parser.add_argument("--bases", type=int, nargs="+", default=[0], help="seeds of the bases and of the data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of rollouts and of the order of rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of rollouts and of the order of rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     grid = {kind: list(rates) for kind, rates in GRID.items()}
