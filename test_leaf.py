@@ -2703,13 +2703,14 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 def test_intervals_are_students_over_bases():
     """The quantiles against the density itself; ten runs of one base count as one."""
-    for df, quantile in compare.T.items():
+    for df, quantile in enumerate(compare.T, 1):
         x = torch.linspace(0, quantile, 20001, dtype=torch.float64)
         log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
         density = math.exp(log_scale) * (1 + x**2 / df) ** (-(df + 1) / 2)
         assert 0.5 + torch.trapezoid(density, x).item() == pytest.approx(0.975, abs=3e-5)
+    assert compare.student(3) == compare.T[2] and compare.student(31) == 1.96
     mean, half = compare.interval({0: [1.0] * 10, 1: [2.0], 2: [2.5, 3.5], 3: [4.0]})
-    assert (mean, half) == pytest.approx((2.5, compare.T[3] * math.sqrt(5 / 3) / 2))
+    assert (mean, half) == pytest.approx((2.5, compare.student(3) * math.sqrt(5 / 3) / 2))
 
 
 def a_result(method, base, seed, score, stage="main", **more):
@@ -2726,7 +2727,7 @@ def test_differences_are_paired_by_base_and_seed():
     lines.append(a_result("LEAF", 0, 77, 1e6))  # without a partner
     rng.shuffle(lines)
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in lines}
-    half = compare.T[3] * math.sqrt(5 / 3) / 2
+    half = compare.student(3) * math.sqrt(5 / 3) / 2
     found = compare.paired(runs, "qa", "LEAF", compare.BASELINE, compare.METRICS[0])
     assert found == f"+3.50 ± {half:.2f}"
 
@@ -2767,8 +2768,8 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     monkeypatch.setattr(compare, "BASES", range(1))
     monkeypatch.setattr(compare, "RATES", (1e-3, 2e-3))
     args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, ablation_seeds=1)
-    with pytest.raises(data.UserError, match="rates first"):
-        compare.plan(args, "main")
+    with pytest.raises(data.UserError, match="run the stage rates"):
+        compare.missing(args, "main")
     compare.make_base(args, "qa", 0)
     with monkeypatch.context() as m:
         m.setattr(train, "evaluate", lambda *_: pytest.fail("the test split was touched to choose a learning rate"))
@@ -2776,7 +2777,12 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
             compare.run(args, *job)
     assert len(compare.finished(args, "rates")) == 2 * len(compare.COMPARED)
     assert len(compare.finished(args, "finals")) == 2 * len(compare.COMPARED)
-    jobs = [job for job in compare.plan(args, "main") if job[4] == 3]
+    final = next((tmp_path / "finals").glob("*.json"))
+    final.rename(tmp_path / "away")
+    with pytest.raises(data.UserError, match="run the stage finals"):
+        compare.missing(args, "main")
+    (tmp_path / "away").rename(final)
+    jobs = [job for job in compare.missing(args, "main") if job[4] == 3]
     assert [job[2] for job in jobs] == list(compare.COMPARED)
     for job in jobs:
         compare.run(args, *job)
@@ -2862,7 +2868,7 @@ def test_a_fully_trained_model_has_its_own_past_as_reference():
 
 def test_intervals_of_one_base_are_over_seeds_and_of_several_over_bases():
     one = large.interval({(0, seed): float(seed) for seed in range(3)})
-    assert (one["mean"], one["units"]) == (1, 3) and one["half_width_95"] == pytest.approx(compare.T[2] / 3**0.5)
+    assert (one["mean"], one["units"]) == (1, 3) and one["half_width_95"] == pytest.approx(compare.student(2) / 3**0.5)
     several = large.interval({(base, seed): base + 10.0 * seed for base in range(2) for seed in range(3)})
     assert (several["mean"], several["units"]) == (10.5, 2)
-    assert several["half_width_95"] == pytest.approx(compare.T[1] * 0.5)
+    assert several["half_width_95"] == pytest.approx(compare.student(1) * 0.5)

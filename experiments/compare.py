@@ -39,18 +39,18 @@ from tqdm import tqdm
 import data
 import train
 from experiments.keep import RESULTS
-from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, VARIANT, with_responses
+from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, PLAIN, VARIANT, with_responses
 
 TASKS = ("qa", "translation", "asterisk")
 BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
-# Bases get more steps where the default's do not suffice, or only with luck, to hear well; answers to real speech are longer
-# and dearer, so runs on it are shorter
+# Bases get more steps where the default's do not suffice, or only with luck, to hear well. Answers to real speech are
+# longer and dearer, so runs on it are shorter.
 OWN = {
     "qa": {},
     "translation": {"ctc_steps": 240},
-    "asterisk": {"ctc_steps": 300, "sft_steps": 800, "steps": 60, "eval_every": 15},
+    "asterisk": {"ctc_steps": 300, "sft_steps": 800, "steps": 40, "eval_every": 10},
 }
 OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in (4, 16) for name in ("LEAF", BASELINE)}
 COMPARED = MAIN | VARIANT
@@ -115,6 +115,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     file = run_file(args, stage, task, method, base, seed, lr)
     folder = file.with_suffix("")
     cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **ALL[method])
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it is short, and starts again
     device, dtype = train.pick(cfg)
     began, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = train.load(cfg, device, dtype)
@@ -204,21 +205,33 @@ def rate_of(method: str) -> str:
     return method if method in COMPARED else BASELINE if BASELINE in method or method == "mean baseline" else "LEAF"
 
 
+def bases_of(stage: str, task: str) -> range:
+    """Rates are tried on all bases of the first task; for the dearer others on two, the two best on the other two."""
+    halves = {"rates": BASES[:2], "finals": BASES[2:]}
+    return BASES if task == TASKS[0] else halves.get(stage, BASES)
+
+
 def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base before any twice."""
     rates = {(task, method): RATES for task in args.tasks for method in COMPARED}
     if stage != "rates":
         tried = finished(args, "rates") + (finished(args, "finals") if stage != "finals" else [])
-        known = best_rates(tried, 2 if stage == "finals" else 1)
-        if unknown := rates.keys() - known.keys():
-            raise data.UserError(f"no learning rate is known for {sorted(unknown)[0]}: run the stage rates first")
-        rates = known
+        rates = best_rates(tried, 2 if stage == "finals" else 1)
     if stage == "ablations":
         cells = itertools.product(args.tasks[:1], SEEDS[: args.ablation_seeds], BASES, ABLATIONS | OF_K)
     else:
         seeds = SEEDS if stage == "main" else [RATE_SEEDS[stage]]
-        cells = itertools.product(args.tasks, seeds, BASES, COMPARED)
+        cells = [(t, *x) for t in args.tasks for x in itertools.product(seeds, bases_of(stage, t), COMPARED)]
     return [(stage, task, m, base, seed, lr) for task, seed, base, m in cells for lr in rates[task, rate_of(m)]]
+
+
+def missing(args, stage: str) -> list[tuple]:
+    """What is left to run of a stage, for which those before it must be finished; the finals may be left out."""
+    if stage != "rates" and missing(args, "rates"):
+        raise data.UserError(f"not all learning rates have been tried for {', '.join(args.tasks)}: run the stage rates")
+    if stage in ("main", "ablations") and 0 < len(missing(args, "finals")) < len(plan(args, "finals")):
+        raise data.UserError("the finals have begun, but are not finished: run the stage finals")
+    return [job for job in plan(args, stage) if not run_file(args, *job).exists()]
 
 
 def work(args, stage: str):
@@ -227,13 +240,17 @@ def work(args, stage: str):
         jobs = [(make_base, args, task, base) for task in args.tasks for base in BASES
                 if not (args.out / "bases" / f"{task}-base{base}.json").exists()]  # fmt: skip
     else:
-        jobs = [(run, args, *job) for job in plan(args, stage) if not run_file(args, *job).exists()]
+        jobs = [(run, args, *job) for job in missing(args, stage)]
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; read where tqdm is imported
     context = multiprocessing.get_context("spawn")  # a child that is forked inherits threads' locks
     with data.lock(args.out, wait=False), ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool:
+        data.check_same(args.out, {"run": RUN, "own": OWN}, "config.json")
         futures = [pool.submit(*job) for job in jobs]
-        for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
-            future.result()
+        try:
+            for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: what has not begun need not
 
 
 def quiet():
@@ -258,8 +275,13 @@ def keep(args):
     print(f"{len(runs)} runs in {RESULTS / 'compare.jsonl'}")
 
 
-# 97.5% quantiles of Student's t by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+# 97.5% quantiles of Student's t, from 1 degree of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+
+
+def student(freedom: int) -> float:
+    return T[freedom - 1] if freedom <= len(T) else 1.96
 
 
 def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
@@ -267,7 +289,7 @@ def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
     means = [statistics.fmean(values) for values in clusters.values()]
     if len(means) < 2:
         return statistics.fmean(means), float("inf")
-    return statistics.fmean(means), T[len(means) - 1] * statistics.stdev(means) / len(means) ** 0.5
+    return statistics.fmean(means), student(len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
 
 
 def paired(runs: dict[tuple, dict], task: str, one: str, other: str, metric: str) -> str:
@@ -302,8 +324,8 @@ def report(lines: list[dict]):
     stages = {stage: [r for r in lines if r["stage"] == stage] for stage in STAGES}
     tried = stages["rates"] + stages["finals"]
     best = best_rates(tried, 1)
-    for r in stages["main"]:
-        if [r["lr"]] != best[r["task"], r["method"]]:  # a rate that the finals did not confirm
+    for r in stages["main"] + stages["ablations"]:
+        if [r["lr"]] != best[r["task"], rate_of(r["method"])]:  # a rate that the finals did not confirm
             r["method"] += f" at {r['lr']:g}"
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in stages["main"] + stages["ablations"]}
     text = "\n".join((rate_table(tried, best), main_table(stages, runs), ablation_table(runs), fork_table(stages)))
@@ -330,17 +352,17 @@ def main_table(stages: dict, runs: dict) -> str:
     for task in TASKS:
         bases = [r for r in stages["bases"] if r["task"] == task]
         if bases:
-            rows.append([task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 4)
+            rows.append([task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 6)
         others = {r["method"]: {} for r in stages["main"] if r["task"] == task}
         for method in COMPARED | others:
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             if own:
                 differences = [paired(runs, task, method, BASELINE, m) for m in METRICS]
-                plain = paired(runs, task, method, "GRPO, plain std", METRICS[1])
+                differences += [paired(runs, task, method, PLAIN, m) for m in METRICS[1:]]
                 seconds = f"{statistics.fmean(r['cpu_seconds'] for r in own):.0f}"
                 measured = [column(own, m) for m in METRICS]
-                rows.append([task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences[:2], plain, seconds])
-    header = "greedy − GRPO", "sampled − GRPO", "sampled − plain", "CPU s"
+                rows.append([task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences, seconds])
+    header = "greedy − GRPO", "sampled − GRPO", "exact − GRPO", "sampled − plain", "exact − plain", "CPU s"
     return table(["task", "method", "lr", "runs", *METRICS, *header], rows)
 
 
@@ -381,7 +403,7 @@ def fork_table(stages: dict) -> str:
                 share = c["boundaries"] / sum(cell["boundaries"] for cell in fork_cells(own, by))
                 rows.append([task, part, f"{share:.0%}", f"{c['fires']:.2f}", f"{c['usable']:.2f}",
                              f"{c['group_size']:.1f}", f"{100 * c['reward_spread']:.1f}"])  # fmt: skip
-    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size", "reward spread x100"], rows)
+    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size (0 if none)", "spread x100"], rows)
 
 
 def save(figure, name: str):
@@ -417,7 +439,7 @@ def plot_forks(runs: list[dict]):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), sharex="row")
-    shown = {"usable": "usable fork-fire rate", "group_size": "group size", "reward_spread": "reward spread"}
+    shown = {"usable": "usable fork-fire rate", "group_size": "group size (0 if none)", "reward_spread": "reward spread"}
     parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
     for row, (by, parts, label) in zip(axes, parts_of):
         for axis, (name, title) in zip(row, shown.items()):

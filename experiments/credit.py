@@ -11,9 +11,10 @@ A rule may fall short by noise, SNR = |E g|^2 / E|g - E g|^2, or by bias, cos(E 
     exact      rollouts at top-p 1, log-probabilities summed over a response's tokens: policy gradient theory
     training   rollouts at top-p 0.9, their mean over a response's tokens, as leaf.policy_loss has it
 
-G* is always of the exact setting; G_train is what the training setting would have instead. All norms are estimated
-without the noise that would inflate them, so cosines with G* are with the true one, whatever its precision.
-Intervals are of the batches; they leave out that the scale, |G*|, is not known exactly, which all rules share.
+G* is always of the exact setting; G_train is what the training setting would have instead. Norms are estimated without
+the noise that would inflate them, from products of independent halves or batches, which is why a cosine may exceed 1.
+Intervals are of the batches alone, G* taken as known. Its length moves all rules alike; of the noise in its direction,
+"truth" in the tables says how much there is: the cosine of two halves.
 """
 
 import argparse
@@ -31,9 +32,9 @@ from tqdm import tqdm
 import data
 import leaf
 import train
-from experiments.compare import bleu
+from experiments.compare import bleu, student
 from experiments.keep import RESULTS
-from experiments.methods import BASELINE, METHODS, OURS
+from experiments.methods import BASELINE, METHODS, OURS, PLAIN
 from lora import lora_parameters
 from model import Prompts, Rollout, SpeechLM, pad
 
@@ -89,16 +90,17 @@ def every_token(tokens, lengths, surprisal, rewards):
     return leaf.leaf_advantages(tokens, lengths, None, rewards, terms="leave-one-out", boundaries=boundaries)
 
 
+NO_Z_SCORE = "LEAF, no z-score"
 DIAGNOSES = {
     "LEAF, divided only": divided,
-    "LEAF, no z-score": raw,
+    NO_Z_SCORE: raw,
     "... and no 1/sqrt n": partial(raw, multiplicity=False),
     "... and LA only": partial(raw, multiplicity=False, terms="local"),
     "leave-one-out, every token": every_token,
 }
 RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
 LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
-MAP_RULES = [BASELINE, "GRPO, plain std", *LEAF_BY_BUDGET.values(), OURS, "leave-one-out, every token"]
+MAP_RULES = [BASELINE, PLAIN, *LEAF_BY_BUDGET.values(), NO_Z_SCORE, OURS, "leave-one-out, every token"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,12 +125,12 @@ class Policy:
         model, tokenizer = train.load(cfg, device, torch.float32)
         train.adapt(cfg, model)
         split.project(model, tokenizer)
-        file = FOLDER / f"base-{sft_steps}.json"
+        file = out / f"base-{sft_steps}.json"
         if not file.exists():
             validation = data.Split("validation", rows["validation"], cfg.cache_gb)
             validation.project(model, tokenizer)
             reached = round(bleu(model, tokenizer, validation, cfg), 2)
-            data.write_json(file, {"sft_steps": sft_steps, "validation BLEU greedy": reached})
+            keep(file, {"sft_steps": sft_steps, "validation BLEU greedy": reached})
         every = list(range(len(split.rows)))
         questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()} | {"all": every}
         return cls(model, split, cfg, questions)
@@ -168,9 +170,12 @@ def gradient(policy: Policy, logp, weights):
 
 
 def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top_p: float) -> Batch:
-    """Batch n of an endless stream: P prompts from shuffled passes over a question's rows, K responses to each."""
+    """Batch n of an endless stream: P of a question's rows, K responses to each.
+
+    Rows are drawn with replacement: batches that take turns in one pass would not be independent of each other.
+    """
     rows, tokenizer = policy.questions[question], policy.split.tokenizer
-    indices = [rows[i] for i in data.order(len(rows), [SEED, stream], n * P, P)]
+    indices = [rows[i] for i in np.random.default_rng([SEED, stream, n]).integers(len(rows), size=P)]
     u = data.noise([SEED, stream, 1], list(range(n * P, n * P + P)), K, policy.cfg.max_new_tokens, "cpu")
     with torch.no_grad():
         prompts = policy.split.batch(policy.model, indices)
@@ -251,9 +256,9 @@ class Condition:
     rules: tuple = tuple(RULES)
 
     @property
-    def file(self) -> Path:
+    def file(self) -> str:
         parts = (self.setting, self.base, self.question, f"K{self.K}", self.reward.replace(" ", "-"))
-        return FOLDER / ("-".join(map(str, parts)) + ".json")
+        return "-".join(map(str, parts)) + ".json"
 
 
 MAIN = [Condition("training"), Condition("exact", batches=400)]
@@ -297,12 +302,12 @@ def interval(total) -> dict:
     """Value and half width of the 95% interval, by the jackknife, from a value and those without each block."""
     value, left_out = total[0], total[1:]
     n = len(left_out)
-    half = 1.96 * math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    half = student(n - 1) * math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
     return {"value": round(float(value), 4), "ci": round(half, 4)}
 
 
 def mean_interval(values) -> dict:
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    half = student(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return {"value": round(float(values.mean()), 4), "ci": round(float(half), 4)}
 
 
@@ -311,7 +316,7 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
     began, c, setting = time.time(), condition, SETTINGS[condition.setting]
     sums = {rule: Sums(c.batches, targets) for rule in c.rules}
     all_rewards, forks, shared = [], *({B: [] for B in BUDGETS} for _ in range(2))
-    for n in tqdm(range(c.batches), desc=c.file.stem, disable=None):
+    for n in tqdm(range(c.batches), desc=c.file, disable=None):
         batch = roll(policy, 3, n, c.question, BATCH // c.K, c.K, setting.top_p)
         rewards, weight = batch.rewards(c.reward), batch.weight(setting)
         logp = batch.logp(policy)
@@ -334,8 +339,11 @@ def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict
     }
 
 
+OTHERS = {"": BASELINE, " to plain": PLAIN, " to LEAF": "LEAF"}
+
+
 def compare(sums: dict[str, Sums]) -> dict[str, dict]:
-    """What each rule reaches, and its difference to the baseline on the same batches."""
+    """What each rule reaches, and its differences on the same batches to GRPO, with floor or plain std, and to LEAF."""
     cosines = {rule: s.cosines() for rule, s in sums.items()}
     wholes = {rule: s.whole() for rule, s in sums.items()}
     table = {}
@@ -345,7 +353,8 @@ def compare(sums: dict[str, Sums]) -> dict[str, dict]:
         row["SNR difference"] = interval(wholes[rule][:, 0] - wholes[BASELINE][:, 0])
         for n, target in zip(range(cosines[rule].shape[1]), TARGETS):
             row[f"cosine {target}"] = mean_interval(cosines[rule][:, n])
-            row[f"cosine {target} difference"] = mean_interval((cosines[rule] - cosines[BASELINE])[:, n])
+            for name, other in OTHERS.items():
+                row[f"cosine {target} difference{name}"] = mean_interval((cosines[rule] - cosines[other])[:, n])
             row[f"bias {target}"] = interval(wholes[rule][:, 1 + n])
             row[f"bias {target} difference"] = interval((wholes[rule] - wholes[BASELINE])[:, 1 + n])
     return table
@@ -360,7 +369,7 @@ def shared_tokens(tokens, lengths, rewards, boundaries) -> float:
 
 def fork_summary(rewards, reports: list[dict], shared: list[float]) -> dict[str, float]:
     summary = leaf.group_stats(rewards, reports) | {"shared_tokens": fmean(shared)}
-    for name in ("group_size", "reward_spread"):  # of the retained groups
+    for name in ("group_size", "reward_spread"):  # of the retained groups, 0 for a boundary without one
         summary[name] = fmean(report[name] for report in reports)
     return {name: round(value, 4) for name, value in summary.items()}
 
@@ -430,7 +439,7 @@ def decisions(policy: Policy, target: Target) -> dict:
         for p, group in enumerate(batch.groups(rewards)):
             advantage, variance, start = true_advantages(policy, batch, p)
             truths.append(advantage)
-            torch.manual_seed(p)
+            torch.manual_seed(len(prompts))
             credits = {rule: f(*group) for rule, f in RULES.items()}
             prompts.append(dict(
                 mask=mask[p].numpy(), truth=advantage.numpy(), noise=variance.numpy(), rewards=rewards[p], start=start,
@@ -443,10 +452,8 @@ def decisions(policy: Policy, target: Target) -> dict:
         compared = {rule: [f(*g) for g in batch.groups(rewards)] for rule, f in RULES.items()}
         compared["true advantage"] = truths
         logp = batch.logp(policy)
-        gradients = {
-            rule: gradient(policy, logp, torch.stack(credit) * batch.weight(setting))
-            for rule, credit in compared.items()
-        }
+        weight = batch.weight(setting)
+        gradients = {rule: gradient(policy, logp, torch.stack(credit) * weight) for rule, credit in compared.items()}
         oracle.append({rule: float(target.mean @ g / g.norm() / target.norm) for rule, g in gradients.items()})
     cosines = {rule: np.array([x[rule] for x in oracle]) for rule in oracle[0]}
     return {
@@ -493,16 +500,20 @@ def token_agreement(prompts, rule: str) -> dict:
         a, c, noise = (x[p["mask"]].astype(float) for x in (p["truth"], p["credits"][rule], p["noise"]))
         big = abs(a) > DECISIVE
         rows.append([len(a), a.sum(), c.sum(), a @ a, c @ c, a @ c, noise.sum(), abs(c)[big].sum(), abs(c).sum()])
-    rows = np.array(rows)
 
     def statistics(rows):  # (..., prompts, 9) -> correlation, share (..., 2)
         n, a, c, aa, cc, ac, noise, big, size = np.moveaxis(rows.sum(-2), -1, 0)
         covariance, spread = ac / n - a * c / n**2, (aa - noise) / n - (a / n) ** 2
         return np.stack((covariance / np.sqrt(spread * (cc / n - (c / n) ** 2)), big / size), -1)
 
+    return bootstrap(rows, statistics, ("correlation", "share on decisive"))
+
+
+def bootstrap(rows: list[list[float]], statistics, names: tuple[str, ...]) -> dict[str, dict]:
+    """statistics((..., prompts, sums)) -> (..., names), with 95% intervals over prompts."""
+    rows = np.array(rows, dtype=float)
     drawn = np.random.default_rng(SEED).integers(len(rows), size=(BOOTSTRAP, len(rows)))
     low, high = np.percentile(statistics(rows[drawn]), (2.5, 97.5), axis=0)
-    names = ("correlation", "share on decisive")
     return {
         name: {"value": round(float(v), 4), "ci": [round(float(lo), 4), round(float(hi), 4)]}
         for name, v, lo, hi in zip(names, statistics(rows), low, high)
@@ -534,11 +545,17 @@ def landings(how: str, group, truth) -> list:
 
 
 def summarise_landings(found: list[list]) -> dict:
-    flat = [x for group in found for x in group]
-    near = [x for x in flat if x is not None]
-    shares = {f"{d:+d}" if d else "0": round(fmean(x == d for x in flat), 4) for d in range(-3, 4)}
-    return {"count": len(flat), "no decision": round(1 - len(near) / len(flat), 4), "nearest at": shares,
-            "mean distance": round(fmean(map(abs, near)), 3)}  # fmt: skip
+    """found: for each prompt, the distances of `landings`."""
+
+    def statistics(rows):  # (..., prompts, 4) -> the two shares, and the mean distance of those that have one
+        count, at, near, distance = np.moveaxis(rows.sum(-2), -1, 0)
+        return np.stack((at / count, 1 - near / count, distance / near), -1)
+
+    rows = []
+    for group in found:
+        near = [abs(x) for x in group if x is not None]
+        rows.append([len(group), near.count(0), len(near), sum(near)])
+    return bootstrap(rows, statistics, ("on a decision", "no decision", "mean distance"))
 
 
 def example(prompts) -> dict:
@@ -582,7 +599,8 @@ def show_condition(result: dict):
     c, truth = result["condition"], result["truth"]
     title = (f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
              f"{c['batches']} batches; halves of the truth agree to {truth}")  # fmt: skip
-    columns = ["cosine G*", "cosine G* difference", "SNR", "SNR difference", "bias G*", "bias G* difference"]
+    columns = ["cosine G*", *(f"cosine G* difference{name}" for name in OTHERS)]
+    columns += ["SNR", "SNR difference", "bias G*", "bias G* difference"]
     columns += ["cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
     show(title, columns, {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()})
 
@@ -597,10 +615,11 @@ def show_map(cells: list[dict]):
                 f"{fork['usable_fork_fire']:.2f}", f"{fork['fork_fire']:.2f}", f"{fork['group_size']:.1f}",
                 f"{fork['reward_spread']:.3f}", f"{fork['reward_std']:.3f}",
                 f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}", cell(row["cosine G* difference"]),
-                cell(row["SNR difference"]), cell(result["rules"][OURS]["cosine G* difference"]),
+                cell(row["cosine G* difference to plain"]), cell(row["SNR difference"]),
+                *(cell(result["rules"][rule]["cosine G* difference"]) for rule in (NO_Z_SCORE, OURS)),
             ]  # fmt: skip
     columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
-               "LEAF's difference", "SNR difference", f"{OURS}'s, B=2"]  # fmt: skip
+               "LEAF's difference", "to plain", "SNR difference", f"{NO_Z_SCORE}, B=2", f"{OURS}, B=2"]  # fmt: skip
     show("map, training setting", columns, rows)
 
 
@@ -610,11 +629,9 @@ def show_decisions(d: dict):
         print(f"{check}: {d[check]}")
     columns = ["correlation", "share on decisive"]
     show("credit against A*", columns, {rule: [cell(row[c]) for c in columns] for rule, row in d["rules"].items()})
-    where = d["boundaries"]
-    offsets = list(where["even"]["nearest at"])
-    rows = {how: [*x["nearest at"].values(), x["mean distance"], x["no decision"]] for how, x in where.items()}
-    columns = [*offsets, "mean distance", "none in the response"]
-    show("nearest decisive token, from the boundary", columns, {how: map(str, row) for how, row in rows.items()})
+    where = {how: {name: cell(value) for name, value in x.items()} for how, x in d["boundaries"].items()}
+    show("nearest decisive token, from each boundary in each response", list(where["even"]),
+         {how: list(x.values()) for how, x in where.items()})  # fmt: skip
     columns = ["cosine G*", "cosine G* difference"]
     rows = {rule: [cell(d[c][rule]) for c in columns] for rule in (*SHOWN, "true advantage")}
     show("batches' gradients, with the true advantage as credit beside them", columns, rows)
@@ -667,11 +684,11 @@ def plot_credit(main: dict, d: dict):
 def plot_map(cells: list[dict]):
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True, layout="constrained")
     views = (
-        ("(a) LEAF", LEAF_BY_BUDGET, "cosine G* difference"),
-        ("(b) LEAF", LEAF_BY_BUDGET, "SNR difference"),
-        (f"(c) {OURS}", {2: OURS}, "cosine G* difference"),
+        (f"(a) LEAF, minus {BASELINE}", LEAF_BY_BUDGET, "cosine G* difference"),
+        (f"(b) LEAF, minus {PLAIN}", LEAF_BY_BUDGET, "cosine G* difference to plain"),
+        (f"(c) {OURS}, minus {BASELINE}", {2: OURS}, "cosine G* difference"),
     )
     for axes, (title, rules, measure) in zip(panels, views):
         for result in cells:
@@ -686,7 +703,7 @@ def plot_map(cells: list[dict]):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("usable fork-fire rate")
-        axes.set_ylabel(f"{measure.removesuffix(' difference')}, minus that of GRPO")
+        axes.set_ylabel("difference in cosine with G*")
         axes.grid(alpha=0.3)
     marks = [(f"{BASES[b]} base", dict(marker="o", color=c)) for b, c in BASE_COLOURS.items()]
     marks += [(f"K = {K}", dict(marker=m, color="gray")) for K, m in K_MARKERS.items()]
@@ -704,7 +721,7 @@ def save(figure, name: str):
 
 
 def report():
-    found = {c: data.read_json(c.file) for c in [*MAIN, *REWARD, *MAP] if c.file.exists()}
+    found = {c: data.read_json(FOLDER / c.file) for c in [*MAIN, *REWARD, *MAP] if (FOLDER / c.file).exists()}
     for c in [*MAIN, *REWARD]:
         if c in found:
             show_condition(found[c])
@@ -722,6 +739,12 @@ def report():
 # Everything in order
 
 
+def keep(file: Path, result: dict):
+    """Beside the bases, from where a stopped run goes on, and in the repository's results."""
+    data.write_json(file, result)
+    data.write_json(FOLDER / file.name, result)
+
+
 def run(out: Path):
     began, policies, truths = time.time(), {}, {}
 
@@ -737,9 +760,9 @@ def run(out: Path):
                 truths[c.base, setting] = truth(policy(c.base), setting, out)
         return [Target.of(truths[c.base, setting][c.reward][c.question]) for setting in known]
 
-    def finish(file: Path, work):
-        if not file.exists():
-            data.write_json(file, work())
+    def finish(file: str, work):
+        if not (out / file).exists():
+            keep(out / file, work())
             print(f"{file} after {time.time() - began:.0f} s")
 
     def finish_all(conditions):
@@ -747,7 +770,7 @@ def run(out: Path):
             finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
 
     finish_all(MAIN[:1])
-    finish(FOLDER / "decisions.json", lambda: decisions(policy(MAIN_BASE), targets(MAIN[0])[0]))
+    finish("decisions.json", lambda: decisions(policy(MAIN_BASE), targets(MAIN[0])[0]))
     finish_all([*MAP[:6], *MAIN, *MAP[:12], *REWARD, *MAP])
 
 
@@ -759,8 +782,10 @@ def main():
     args = parser.parse_args()
     if args.plot:
         return report()
-    args.out.mkdir(parents=True, exist_ok=True)
-    run(args.out)
+    with data.lock(args.out, wait=False):
+        measured = {"rules": list(RULES), "conditions": [c.file for c in (*MAIN, *REWARD, *MAP)]}
+        data.check_same(args.out, measured, "config.json")
+        run(args.out)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import torch
 
 import data
 import train
-from experiments.compare import T
+from experiments.compare import student
 from experiments.keep import RESULTS, processor
 from lora import lora_disabled, lora_parameters
 from model import SpeechConfig
@@ -296,7 +296,7 @@ def interval(differences: dict[tuple[int, int], float]) -> dict:
     units = [mean(x for (b, _), x in differences.items() if b == base) for base in bases]
     if len(bases) == 1:
         units = list(differences.values())
-    half = T[len(units) - 1] * stdev(units) / len(units) ** 0.5 if len(units) > 1 else None
+    half = student(len(units) - 1) * stdev(units) / len(units) ** 0.5 if len(units) > 1 else None
     return {"mean": mean(units), "half_width_95": half, "units": len(units)}
 
 
@@ -347,7 +347,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the bases and of every finished run")
     parser.add_argument("--bases", type=int, nargs="+", default=[0], help="seeds of the bases and of the data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of rollouts and of the order of rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="of rollouts and order of rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     grid = {kind: list(rates) for kind, rates in GRID.items()}

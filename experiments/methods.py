@@ -10,7 +10,7 @@ MAIN = {
     "GRPO, floor 1/3": {"algo": "grpo"},
     "GRPO, plain std": {"algo": "grpo", "std_floor": 0.0},
 }
-BASELINE = "GRPO, floor 1/3"
+BASELINE, PLAIN = "GRPO, floor 1/3", "GRPO, plain std"
 ABLATIONS = {
     "mean baseline": {"algo": "grpo", "std_floor": 1.0},
     "GA only": {"terms": "global"},
