@@ -296,8 +296,7 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     """Forkability: for each selected boundary, does a fork fire there, and is it usable?
 
     A fork fires when a group of two or more has a member that goes on past the boundary; it is usable when such a
-    group also has different rewards inside. group_size and reward_spread are means over the retained groups,
-    and 0 where there is none.
+    group also has different rewards inside. group_size and reward_spread are means over retained groups, or 0.
     """
     lengths, rewards = _to_list(lengths), _to_list(rewards)
     nodes, report = build_tree(tokens, lengths, rewards, boundaries), []
