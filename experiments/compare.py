@@ -403,7 +403,7 @@ def fork_table(stages: dict) -> str:
                 share = c["boundaries"] / sum(cell["boundaries"] for cell in fork_cells(own, by))
                 rows.append([task, part, f"{share:.0%}", f"{c['fires']:.2f}", f"{c['usable']:.2f}",
                              f"{c['group_size']:.1f}", f"{100 * c['reward_spread']:.1f}"])  # fmt: skip
-    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size (0 if none)", "spread x100"], rows)
+    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0", "spread x100"], rows)
 
 
 def save(figure, name: str):
@@ -439,7 +439,7 @@ def plot_forks(runs: list[dict]):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), sharex="row")
-    shown = {"usable": "usable fork-fire rate", "group_size": "group size (0 if none)", "reward_spread": "reward spread"}
+    shown = {"usable": "usable fork-fire rate", "group_size": "group size, or 0", "reward_spread": "reward spread"}
     parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
     for row, (by, parts, label) in zip(axes, parts_of):
         for axis, (name, title) in zip(row, shown.items()):

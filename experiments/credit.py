@@ -640,9 +640,10 @@ def show_decisions(d: dict):
 def plot_credit(main: dict, d: dict):
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(11, 8.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=(1, 2.2))
-    strip, line, bars = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    figure = plt.figure(figsize=(13, 8.5), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1, 2.2))
+    strip, line, to_grpo = (figure.add_subplot(grid[place]) for place in (np.s_[0, :], np.s_[1, 0], np.s_[1, 1]))
+    to_leaf = figure.add_subplot(grid[1, 2], sharey=to_grpo)
 
     e = d["example"]
     names = list(e["credits"])
@@ -665,18 +666,19 @@ def plot_credit(main: dict, d: dict):
     line.set_title("(b) where credit goes", fontsize=10)
     line.legend(fontsize=8)
 
-    rules = [rule for rule in main["rules"] if rule != BASELINE][::-1]
-    gains = [main["rules"][rule]["cosine G* difference"] for rule in rules]
-    colours = [SHOWN.get(rule, "tab:gray") for rule in rules]
-    for y, (gain, colour) in enumerate(zip(gains, colours)):
-        bars.errorbar(gain["value"], y, xerr=gain["ci"], fmt="o", color=colour, capsize=2)
-    bars.axvline(0, color=SHOWN[BASELINE])
-    bars.set_yticks(range(len(rules)), rules, fontsize=8)
-    bars.locator_params(axis="x", nbins=6)
-    base = main["rules"][BASELINE]["cosine G*"]["value"]
-    bars.set_xlabel(f"cosine with G*, minus that of {BASELINE} ({base:.3f})")
-    bars.set_title("(c) one batch's gradient, 95% intervals", fontsize=10)
-    for axes in (line, bars):
+    rules = list(main["rules"])[::-1]
+    for axes, letter, name, other in ((to_grpo, "c", "", BASELINE), (to_leaf, "d", " to LEAF", "LEAF")):
+        for y, rule in enumerate(rules):
+            gain = main["rules"][rule][f"cosine G* difference{name}"]
+            axes.errorbar(gain["value"], y, xerr=gain["ci"], fmt="o", color=SHOWN.get(rule, "tab:gray"), capsize=2)
+        axes.axvline(0, color=SHOWN[other])
+        axes.locator_params(axis="x", nbins=6)
+        cosine = main["rules"][other]["cosine G*"]["value"]
+        axes.set_xlabel(f"minus that of {other} ({cosine:.3f})")
+        axes.set_title(f"({letter}) cosine of one batch with G*", fontsize=10)
+    to_grpo.set_yticks(range(len(rules)), rules, fontsize=8)
+    to_leaf.tick_params(labelleft=False)
+    for axes in (line, to_grpo, to_leaf):
         axes.grid(alpha=0.3)
     save(figure, "credit")
 
