@@ -2834,6 +2834,14 @@ def test_the_microscopes_statistics_are_those_of_all_pairs():
     assert sums.cosines()[3, 0] == pytest.approx(float(gradients[3] @ target.mean / gradients[3].norm()) / target.norm)
 
 
+def test_boundaries_near_decisions_are_counted_over_prompts():
+    shares = credit.summarise_landings([[0, 2, None], [0, -1]])
+    assert [x["value"] for x in shares.values()] == pytest.approx([2 / 5, 1 / 5, 3 / 4])
+    assert shares["mean distance"]["ci"] == pytest.approx([1 / 2, 1])  # the prompts on their own
+    alike = credit.summarise_landings([[0, 1, None]] * 5)
+    assert all(x["ci"] == [x["value"]] * 2 for x in alike.values())
+
+
 def test_the_microscope_weighs_tokens_as_the_loss_does():
     """In the training setting, weight times advantage is the gradient of the trainer's loss at ratio 1 without KL."""
     lengths = torch.tensor([[1, 4, 3], [5, 2, 2]])
