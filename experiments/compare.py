@@ -45,13 +45,8 @@ TASKS = ("qa", "translation", "asterisk")
 BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
-# Bases get more steps where the default's do not suffice, or only with luck, to hear well. Answers to real speech are
-# longer and dearer, so runs on it are shorter.
-OWN = {
-    "qa": {},
-    "translation": {"ctc_steps": 240},
-    "asterisk": {"ctc_steps": 300, "sft_steps": 800, "steps": 40, "eval_every": 10},
-}
+# Bases get more steps where the default's do not suffice, or only with luck, to hear well.
+OWN = {"qa": {}, "translation": {"ctc_steps": 240}, "asterisk": {"ctc_steps": 600, "sft_steps": 1000}}
 OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in (4, 16) for name in ("LEAF", BASELINE)}
 COMPARED = MAIN | VARIANT
 ALL = METHODS | OF_K
@@ -341,10 +336,11 @@ def rate_table(runs: list[dict], best: dict) -> str:
         row = [task, method]
         for lr in rates:
             own = [r for r in runs if (r["task"], r["method"], r["lr"]) == (task, method, lr)]
-            cell = f"{statistics.fmean(at_end(r) for r in own):.1f} ({len(own)})" if own else ""
+            scores = [[at_end(r) for r in own if r["stage"] == stage] for stage in RATE_SEEDS]
+            cell = ", ".join(f"{statistics.fmean(of):.1f} ({len(of)})" for of in scores if of)
             row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
-    return table(["validation BLEU (runs)", "method", *(f"{lr:g}" for lr in rates)], rows)
+    return table(["validation BLEU (runs), of finals", "method", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def main_table(stages: dict, runs: dict) -> str:

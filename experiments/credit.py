@@ -621,6 +621,13 @@ def show_map(cells: list[dict]):
     columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
                "LEAF's difference", "to plain", "SNR difference", f"{NO_Z_SCORE}, B=2", f"{OURS}, B=2"]  # fmt: skip
     show("map, training setting", columns, rows)
+    usable = [result["forks"][str(B)]["usable_fork_fire"] for result in cells for B in BUDGETS]
+    for name, other in (("", BASELINE), (" to plain", PLAIN)):
+        gains = [r["rules"][rule][f"cosine G* difference{name}"] for r in cells for rule in LEAF_BY_BUDGET.values()]
+        above, below = (sum(sign * gain["value"] > gain["ci"] for gain in gains) for sign in (1, -1))
+        r = np.corrcoef(usable, [gain["value"] for gain in gains])[0, 1]
+        print(f"{len(gains)} cells against {other}: {above} above and {below} below by more than the interval; "
+              f"correlation with usable forks {r:.2f}")  # fmt: skip
 
 
 def show_decisions(d: dict):
