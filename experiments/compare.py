@@ -359,7 +359,10 @@ def main_table(stages: dict, runs: dict) -> str:
                 measured = [column(own, m) for m in METRICS]
                 rows.append([task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences, seconds])
     header = "greedy − GRPO", "sampled − GRPO", "exact − GRPO", "sampled − plain", "exact − plain", "CPU s"
-    return table(["task", "method", "lr", "runs", *METRICS, *header], rows)
+    unconfirmed = [(task, method) for task, method, *_ in rows if " at " in method]
+    notes = [f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, METRICS[1])}\n"
+             for task, method in unconfirmed]  # fmt: skip
+    return table(["task", "method", "lr", "runs", *METRICS, *header], rows) + "\n" * bool(notes) + "".join(notes)
 
 
 METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %"
@@ -374,7 +377,9 @@ def ablation_table(runs: dict) -> str:
             measured = [column(own, m) for m in METRICS[:2]]
             against = [paired(runs, task, method, other, METRICS[1]) for other in ("LEAF", BASELINE)]
             rows.append([method, f"{own[0]['lr']:g}", len(own), *measured, *against])
-    return table([task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"], rows)
+    same_k = [(one, other) for one, other in zip(OF_K, list(OF_K)[1:]) if one.startswith("LEAF")]
+    notes = [f"{one} − {other}, sampled: {paired(runs, task, one, other, METRICS[1])}\n" for one, other in same_k]
+    return table([task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"], rows) + "\n" + "".join(notes)
 
 
 def fork_cells(runs: list[dict], by: str) -> list[dict]:
@@ -399,7 +404,7 @@ def fork_table(stages: dict) -> str:
                 share = c["boundaries"] / sum(cell["boundaries"] for cell in fork_cells(own, by))
                 rows.append([task, part, f"{share:.0%}", f"{c['fires']:.2f}", f"{c['usable']:.2f}",
                              f"{c['group_size']:.1f}", f"{100 * c['reward_spread']:.1f}"])  # fmt: skip
-    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0", "spread x100"], rows)
+    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0", "range x100"], rows)
 
 
 def save(figure, name: str):
@@ -435,7 +440,7 @@ def plot_forks(runs: list[dict]):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), sharex="row")
-    shown = {"usable": "usable fork-fire rate", "group_size": "group size, or 0", "reward_spread": "reward spread"}
+    shown = {"usable": "usable fork-fire rate", "group_size": "group size, or 0", "reward_spread": "reward range"}
     parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
     for row, (by, parts, label) in zip(axes, parts_of):
         for axis, (name, title) in zip(row, shown.items()):
