@@ -5,12 +5,12 @@ have, and a floor of 1 above what rewards in [0, 1] can have, so the latter is r
 (K - 1) / K (Ahmadian et al. 2024).
 """
 
+BASELINE, PLAIN = "GRPO, floor 1/3", "GRPO, plain std"
 MAIN = {
     "LEAF": {},
-    "GRPO, floor 1/3": {"algo": "grpo"},
-    "GRPO, plain std": {"algo": "grpo", "std_floor": 0.0},
+    BASELINE: {"algo": "grpo"},
+    PLAIN: {"algo": "grpo", "std_floor": 0.0},
 }
-BASELINE, PLAIN = "GRPO, floor 1/3", "GRPO, plain std"
 ABLATIONS = {
     "mean baseline": {"algo": "grpo", "std_floor": 1.0},
     "GA only": {"terms": "global"},
