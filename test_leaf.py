@@ -2766,8 +2766,8 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     loop = dict(steps=4, prompts=2, responses=4, update_prompts=1, eval_every=2, max_new_tokens=6, device="cpu")
     monkeypatch.setattr(compare, "RUN", tiny | loop)
     monkeypatch.setattr(compare, "BASES", range(1))
-    monkeypatch.setattr(compare, "RATES", (1e-3, 2e-3))
-    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, ablation_seeds=1)
+    monkeypatch.setitem(compare.RATES, "qa", (1e-3, 2e-3))
+    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, ablation_seeds=1, lr=None)
     with pytest.raises(data.UserError, match="run the stage rates"):
         compare.missing(args, "main")
     compare.make_base(args, "qa", 0)
@@ -2784,6 +2784,8 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     (tmp_path / "away").rename(final)
     jobs = [job for job in compare.missing(args, "main") if job[4] == 3]
     assert [job[2] for job in jobs] == list(compare.COMPARED)
+    asked = compare.plan(types.SimpleNamespace(**vars(args) | {"lr": 5e-4}), "main")
+    assert asked == [(*job[:-1], 5e-4) for job in compare.plan(args, "main")]
     for job in jobs:
         compare.run(args, *job)
     leaf_run, *grpo_runs = sorted(compare.finished(args, "main"), key=lambda r: r["method"] != "LEAF")

@@ -9,7 +9,7 @@ and the number of sampled responses. A stage leaves a JSON per finished run; the
     bases      a base per task and base seed; its audio embeddings are kept in files, so that a run starts at once
     rates      learning rates of the main methods, on the validation split alone, with a seed that no other stage uses
     finals     the two best rates of each once more, with another such seed: what differs by less than the noise
-    main       tasks x main methods x bases x seeds, each method at its own best rate of its task
+    main       tasks x main methods x bases x seeds, each method at its own best rate of its task, or all at --lr
     ablations  on the first task, at LEAF's rate; those of GRPO at GRPO's
 
     keep       the finished runs, a line each, in experiments/results/compare.jsonl
@@ -43,10 +43,11 @@ from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, PLAIN, VARIA
 
 TASKS = ("qa", "translation", "asterisk")
 BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = {"qa": GRID, "translation": GRID, "asterisk": (5e-4, *GRID)}  # longer where 1e-3, its end, was the best of some
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
 # Bases get more steps where the default's do not suffice, or only with luck, to hear well.
-OWN = {"qa": {}, "translation": {"ctc_steps": 240}, "asterisk": {"ctc_steps": 600, "sft_steps": 1000}}
+OWN = {"qa": {}, "translation": {"ctc_steps": 240}, "asterisk": {"ctc_steps": 1000, "sft_steps": 1000}}
 KS = (4, 16)  # beside the default's 8
 OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in KS for name in ("LEAF", BASELINE)}
 COMPARED = MAIN | VARIANT
@@ -209,10 +210,12 @@ def bases_of(stage: str, task: str) -> range:
 
 def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base before any twice."""
-    rates = {(task, method): RATES for task in args.tasks for method in COMPARED}
+    rates = {(task, method): RATES[task] for task in args.tasks for method in COMPARED}
     if stage != "rates":
         tried = finished(args, "rates") + (finished(args, "finals") if stage != "finals" else [])
         rates = best_rates(tried, 2 if stage == "finals" else 1)
+    if stage == "main" and args.lr:
+        rates = dict.fromkeys(rates, [args.lr])
     if stage == "ablations":
         cells = itertools.product(args.tasks[:1], SEEDS[: args.ablation_seeds], BASES, ABLATIONS | OF_K)
     else:
@@ -321,7 +324,7 @@ def report(lines: list[dict]):
     tried = stages["rates"] + stages["finals"]
     best = best_rates(tried, 1)
     for r in stages["main"] + stages["ablations"]:
-        if [r["lr"]] != best[r["task"], rate_of(r["method"])]:  # a rate that the finals did not confirm
+        if [r["lr"]] != best[r["task"], rate_of(r["method"])]:  # the finals did not confirm it, or --lr asked for it
             r["method"] += f" at {r['lr']:g}"
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in stages["main"] + stages["ablations"]}
     text = "\n".join((rate_table(tried, best), main_table(stages, runs), ablation_table(runs), fork_table(stages)))
@@ -464,6 +467,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="main at this rate for all, beside each method's best")
     parser.add_argument("--ablation-seeds", type=int, default=2, help="seeds per base for each ablation")
     args = parser.parse_args()
     for stage in args.stages:
