@@ -44,7 +44,7 @@ import torch
 
 import data
 import train
-from experiments.compare import student
+from experiments.compare import interval as clustered_interval
 from experiments.keep import RESULTS, processor
 from lora import lora_disabled, lora_parameters
 from model import SpeechConfig
@@ -292,12 +292,12 @@ def compare(sides: dict[str, Side], settled: dict, seed: int, folder: Path) -> d
 
 def interval(differences: dict[tuple[int, int], float]) -> dict:
     """Mean of differences by (base, seed), and its 95% confidence: over bases, or over the seeds of a single one."""
-    bases = sorted({base for base, _ in differences})
-    units = [mean(x for (b, _), x in differences.items() if b == base) for base in bases]
-    if len(bases) == 1:
-        units = list(differences.values())
-    half = student(len(units) - 1) * stdev(units) / len(units) ** 0.5 if len(units) > 1 else None
-    return {"mean": mean(units), "half_width_95": half, "units": len(units)}
+    several = len({base for base, _ in differences}) > 1
+    clusters = {}
+    for (base, seed), difference in differences.items():
+        clusters.setdefault(base if several else seed, []).append(difference)
+    value, half = clustered_interval(clusters)
+    return {"mean": value, "half_width_95": half if len(clusters) > 1 else None, "units": len(clusters)}
 
 
 def summarise(runs: dict[tuple[int, int], dict], untrained: dict[str, dict], settled: dict) -> dict:
