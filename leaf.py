@@ -1,81 +1,48 @@
-"""LEAF: credit for the tokens of K sampled responses, from the prefix tree they already form (arXiv 2606.07610).
+"""LEAF: credit for the tokens of K sampled responses, from the prefix tree they already form
+(Gerogiannis et al., arXiv 2606.07610).
 
-GRPO scores each response once and gives that number to all of its tokens. LEAF uses the same K responses and the
-same K rewards, but looks back at where the responses part:
+GRPO scores each response once and gives that number to all of its tokens. LEAF uses the same K
+responses and the same K rewards, but looks back at where the responses part:
 
-    1. rollouts       K responses o_i with per-token surprisal s_i(t) and one terminal reward r_i           draw
-    2. boundaries     the B most surprising positions, well apart                           select_boundaries
-    3. tree           at each boundary, responses with the same prefix form a node          build_tree
-    4. span credit    global + local advantage of the node at which a span ends             leaf_advantages
-    5. normalise      z-score over all (response, span) pairs; tokens inherit their span's  leaf_advantages
+    1. rollouts       K responses o_i with surprisal s_i(t) and one reward r_i     (model.py)
+    2. boundaries     the B most surprising positions, well apart                  select_boundaries
+    3. tree           at each boundary, responses with one prefix form a node      build_tree
+    4. span credit    global + local advantage of the node at which a span ends    span_credits
+    5. normalise      z-score over all (response, span) pairs                      z_score
 
-Shapes: K responses padded to T tokens. `lengths` counts the end-of-sequence token where one was sampled; what stands
-past a response's length is never read. Inputs may be on any device; the tree is built on the host from plain numbers.
-This file is the method and nothing else. `python leaf.py` prints a worked example to check by hand.
+`leaf_advantages` runs steps 2 to 5: every token inherits the number of its span.
+
+Shapes: K responses padded to T tokens. `lengths` counts the end-of-sequence token where one was
+sampled; what stands past a response's length is never read. Inputs may be on any device; the tree
+is built on the host from plain numbers. `python leaf.py` prints an example to check by hand.
 """
 
 import math
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 import torch
 
+# --------------------------------------------------------------------------------------------------
+# Step 2: boundaries
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 1: the tokens of rollouts, and their surprisal
 
+def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int = 1) -> list[int]:
+    """The B most surprising positions of the group, at least D apart, in ascending order.
 
-def draw(logits, u, temperature: float, top_p: float):
-    """One token per row of logits (..., V) by inverting the cumulative distribution at u (...) in [0, 1).
-
-    Returns token, log q (after temperature and top-p truncation and renormalisation), log p (full softmax).
+    surprisal: (K, T) float, -log q of each token under the *sampling* distribution, in nats;
+    lengths: (K,) int. A boundary at t means: the prefix is tokens 0..t-1, and token t surprises.
     """
-    logp = logits.log_softmax(-1)
-    if temperature == 0:
-        token = logp.argmax(-1)
-        return token, torch.zeros_like(u), logp.gather(-1, token[..., None])[..., 0]
-    q = nucleus((logits / temperature).softmax(-1), top_p)
-    mass = q.cumsum(-1)
-    total = mass[..., -1:]
-    token = torch.searchsorted(mass, u[..., None] * total, right=True).clamp(max=q.shape[-1] - 1)
-    # Where rounding steps past the end or, in a sum made in parallel, onto a token of no probability: the likeliest.
-    token = torch.where(q.gather(-1, token) > 0, token, q.argmax(-1, keepdim=True))
-    logq = (q.gather(-1, token) / total).log()
-    return token[..., 0], logq[..., 0], logp.gather(-1, token)[..., 0]
-
-
-def nucleus(q, top_p: float):
-    """Probabilities (..., V) with zeros outside the smallest set of most probable tokens whose mass reaches top_p."""
-    if top_p == 1:
-        return q
-    values = ascending(q)
-    mass = values.cumsum(-1)  # of a token and all less probable ones: it stays if that is more than may be cut
-    cut = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True).clamp(max=q.shape[-1] - 1)  # how many go
-    least = values.gather(-1, cut)
-    room = q.shape[-1] - cut - (q > least).sum(-1, keepdim=True)  # for tokens that are just as probable as the last
-    ties = q == least
-    return q.masked_fill((q < least) | ties & (ties.cumsum(-1, dtype=torch.float32) > room), 0)
-
-
-def ascending(q):
-    if q.device.type != "cpu":
-        return q.sort(-1).values
-    values = q.clone()
-    values.numpy().sort(axis=-1)  # with vector instructions, ten times as fast as torch on the CPU
-    return values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps 2 to 5
-
-
-@dataclass
-class Node:
-    """A prefix shared by two or more responses (a "retained prefix node" v of the paper)."""
-
-    boundary: int  # the prefix is the first `boundary` tokens
-    members: list[int]  # D(v): the responses that share it; n(v) = len(members)
-    value: float  # V(v): their mean reward
+    surprisal = torch.as_tensor(surprisal).cpu()
+    lengths = torch.as_tensor(lengths).cpu()
+    first = max(1, min_prefix)
+    longest = int(lengths.max())
+    # A position is kept at most once, so only its most surprised response matters.
+    ended = torch.arange(longest) >= lengths[:, None]  # (K, longest)
+    peak = surprisal[:, :longest].masked_fill(ended, -math.inf).amax(0)  # (longest,)
+    ranked = peak[first:].argsort(descending=True, stable=True) + first  # ties: the smaller first
+    return keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
 
 
 def separation(lengths, fork_budget: int) -> int:
@@ -83,183 +50,194 @@ def separation(lengths, fork_budget: int) -> int:
     return max(2, min(_to_list(lengths)) // (fork_budget + 1))
 
 
-def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int = 1) -> list[int]:
-    """The B most surprising positions of the group, at least D apart, in ascending order (step 2).
-
-    surprisal: (K, T) float, -log q of each sampled token under the *sampling* distribution; lengths: (K,) int.
-    A boundary at t means: the prefix is tokens 0..t-1 and the surprising token is token t.
-    """
-    surprisal, lengths = torch.as_tensor(surprisal).cpu(), torch.as_tensor(lengths).cpu()
-    first, last = max(1, min_prefix), int(lengths.max())  # candidates: first <= t < len(o_i)
-    # A position can be kept once, so only the most surprised response at each position matters.
-    ended = torch.arange(last) >= lengths[:, None]  # (K, last)
-    peak = surprisal[:, :last].masked_fill(ended, -math.inf).amax(0)  # (last,)
-    ranked = peak[first:].sort(descending=True, stable=True).indices + first  # stable: ties keep the smaller t first
-    return _keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
-
-
-def random_boundaries(lengths, fork_budget: int, generator=None, min_prefix: int = 1) -> list[int]:
-    """Ablation: positions in uniformly random order instead of by surprisal, under the same separation rule."""
-    first, last = max(1, min_prefix), max(_to_list(lengths))
-    shuffled = torch.randperm(max(0, last - first), generator=generator) + first
-    return _keep_apart(shuffled.tolist(), fork_budget, separation(lengths, fork_budget))
-
-
-def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]:
-    """Ablation: evenly spaced boundaries, at floor(l_min k / (B + 1)) for k = 1..B."""
-    shortest = min(_to_list(lengths))
-    spots = {shortest * k // (fork_budget + 1) for k in range(1, fork_budget + 1)}
-    return sorted(b for b in spots if b >= max(1, min_prefix))
-
-
-def choose_boundaries(how: str, surprisal, lengths, fork_budget: int = 2, min_prefix: int = 1) -> list[int]:
-    """By "surprisal" as LEAF does, or as its ablations do: "random" (from torch's global generator) or "even"."""
-    if how == "surprisal":
-        return select_boundaries(surprisal, lengths, fork_budget, min_prefix)
-    choose = {"random": random_boundaries, "even": even_boundaries}[how]
-    return choose(lengths, fork_budget, min_prefix=min_prefix)
-
-
-def _keep_apart(ranked: list[int], budget: int, distance: int) -> list[int]:
-    """Walk down the ranking and keep what is at least `distance` from everything kept, until `budget` are kept."""
+def keep_apart(ranked: list[int], budget: int, distance: int) -> list[int]:
+    """Walk down a ranking of positions; keep each that is `distance` or more from all kept."""
     kept: list[int] = []
     for t in ranked:
-        if len(kept) < budget and all(abs(t - other) >= distance for other in kept):
+        if len(kept) == budget:
+            break
+        if all(abs(t - other) >= distance for other in kept):
             kept.append(t)
     return sorted(kept)
 
 
-def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
-    """The retained nodes, by boundary and then by first member (step 3). tokens: (K, T) int; rewards: (K,) float.
+# --------------------------------------------------------------------------------------------------
+# Step 3: the tree
 
-    A response of length <= b has no more than its own tokens to compare, so it groups by all of them.
+
+@dataclass
+class Node:
+    """A prefix that two or more responses share (a "retained prefix node" v of the paper)."""
+
+    boundary: int  # the prefix is the first `boundary` tokens
+    members: list[int]  # D(v), the responses that share it; n(v) = len(members)
+    value: float  # V(v), their mean reward
+
+
+def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
+    """The retained nodes, by boundary and then by first member.
+
+    tokens: (K, T) int; lengths: (K,) int; rewards: (K,) float. A response of length <= b has no
+    more than its own tokens to compare, so at b it groups by all of them.
     """
     rewards = _to_list(rewards)
-    rows = [row[:n] for row, n in zip(_to_list(tokens), _to_list(lengths))]
+    responses = [row[:n] for row, n in zip(_to_list(tokens), _to_list(lengths))]
     nodes = []
     for b in sorted(set(boundaries)):
         groups: dict[tuple, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(tuple(row[:b]), []).append(i)
+        for i, response in enumerate(responses):
+            groups.setdefault(tuple(response[:b]), []).append(i)
         for members in groups.values():
-            if len(members) >= 2:  # singletons are not retained: alone, V(v) is just r_i
+            if len(members) >= 2:  # a response on its own is not retained: V(v) would be just r_i
                 nodes.append(Node(b, members, sum(rewards[i] for i in members) / len(members)))
     return nodes
 
 
-def first_copies(tokens, real):
-    """Which tokens (P, K, T), of those that are real, end a prefix that no response before had: (P, K, T) bool; and the
-    place k * T + t of the first to end the same prefix: (P, K * T)."""
-    K, T = tokens.shape[1:]
-    apart = ((tokens[:, :, None] != tokens[:, None]) | ~real[:, None]).cumsum(-1) > 0  # (P, K, K, T)
-    first = apart.byte().argmin(2)  # (P, K, T)
-    response, time = (torch.arange(n, device=tokens.device) for n in (K, T))
-    return real & (first == response[:, None]), (first * T + time).flatten(1)
+def path_of(response: int, nodes: list[Node]) -> list[Node]:
+    """The nodes that a response passes through, in boundary order."""
+    return [node for node in nodes if response in node.members]
 
 
-def span_credits(lengths, rewards, nodes: list[Node], terms: str = "both", multiplicity: bool = True):
-    """Step 4: the non-empty spans of every response as tuples (response, start, end, A), before normalisation."""
-    if terms not in ("both", "global", "local"):
-        raise ValueError(f"terms must be 'both', 'global' or 'local', not {terms!r}")
-    use_global, use_local = terms != "local", terms != "global"
-    rewards, lengths = _to_list(rewards), _to_list(lengths)
-    root_value = sum(rewards) / len(rewards)  # V(v0)
-    spans = []
-    for i, length in enumerate(lengths):
-        start, parent_value = 0, root_value
-        for node in (node for node in nodes if i in node.members):  # the path of response i, in boundary order
-            credit = use_global * (node.value - root_value) + use_local * (node.value - parent_value)  # GA + LA
-            if multiplicity:  # all n descendants repeat this span, so n copies of its gradient add up
-                credit /= math.sqrt(len(node.members))
-            end = min(node.boundary, length)  # a twin that ended before the boundary: its span stops with it
-            if start < end:
-                spans.append((i, start, end, credit))
-            start, parent_value = end, node.value
-        if start < length:  # the tail, after the last shared prefix, is this response's own
-            credit = use_global * (rewards[i] - root_value) + use_local * (rewards[i] - parent_value)
-            spans.append((i, start, length, credit))
-    return spans
+# --------------------------------------------------------------------------------------------------
+# Steps 4 and 5: credit of spans, normalised, for every token
 
 
-def leave_one_out_credits(lengths, rewards, nodes: list[Node]):
-    """A variant of step 4, ours and not the paper's: r_i minus a value, of the prefix so far, that r_i has no part in.
+class Span(NamedTuple):
+    """Tokens start..end-1 of a response, which share one credit."""
 
-    V_i(v0) is the mean reward of the other responses. At a node v it is V(v) with the value before it, V_i(u), in the
-    place of r_i. So for given boundaries the gradient is unbiased: a baseline may depend on the prefix and on the other
-    responses, and on nothing else. Spans as span_credits has them; at least two responses.
+    response: int
+    start: int
+    end: int
+    credit: float  # A
+
+
+def span_credits(
+    lengths, rewards, nodes: list[Node], terms: str = "both", multiplicity: bool = True
+) -> list[Span]:
+    """Step 4: the non-empty spans of every response with A = (GA + LA) / sqrt(n), not normalised.
+
+    terms: "both", "global" (GA alone) or "local" (LA alone); multiplicity: divide by sqrt(n).
     """
-    rewards, lengths = _to_list(rewards), _to_list(lengths)
+    rewards = _to_list(rewards)
+    root_value = sum(rewards) / len(rewards)  # V(v0)
+
+    def credit(value, parent_value):
+        global_advantage = value - root_value  # GA: is this prefix good for this prompt?
+        local_advantage = value - parent_value  # LA: was the last decision good?
+        if terms == "global":
+            return global_advantage
+        if terms == "local":
+            return local_advantage
+        if terms == "both":
+            return global_advantage + local_advantage
+        raise ValueError(f"terms must be 'both', 'global' or 'local', not {terms!r}")
+
     spans = []
-    for i, (length, reward) in enumerate(zip(lengths, rewards)):
-        start, value = 0, (sum(rewards) - reward) / (len(rewards) - 1)
-        for node in (node for node in nodes if i in node.members):
-            end = min(node.boundary, length)
+    for i, length in enumerate(_to_list(lengths)):
+        start = 0
+        parent_value = root_value
+        for node in path_of(i, nodes):
+            node_credit = credit(node.value, parent_value)
+            if multiplicity:  # all n descendants repeat this span, so n copies of it add up
+                node_credit /= math.sqrt(len(node.members))
+            end = min(node.boundary, length)  # a response may end before its node's boundary
             if start < end:
-                spans.append((i, start, end, reward - value))
-            start, value = end, node.value + (value - reward) / len(node.members)
-        if start < length:
-            spans.append((i, start, length, reward - value))
+                spans.append(Span(i, start, end, node_credit))
+            start = end
+            parent_value = node.value
+        if start < length:  # the tail, after the last node: the reward is this response's own
+            spans.append(Span(i, start, length, credit(rewards[i], parent_value)))
     return spans
+
+
+def z_score(spans: list[Span]) -> list[Span]:
+    """Step 5: credits minus their mean, over their unbiased standard deviation (at least 1e-6).
+
+    A span that n responses share is in the list n times, whatever its length; a lone one gets 0.
+    """
+    if len(spans) < 2:
+        return [span._replace(credit=0.0) for span in spans]
+    credits = [span.credit for span in spans]
+    mean = math.fsum(credits) / len(credits)
+    variance = math.fsum((credit - mean) ** 2 for credit in credits) / (len(credits) - 1)
+    std = max(math.sqrt(variance), 1e-6)
+    return [span._replace(credit=(span.credit - mean) / std) for span in spans]
+
+
+def token_credits(spans: list[Span], tokens) -> torch.Tensor:
+    """The credit of every token, which is its span's: (K, T) float32, zero outside of all spans."""
+    credits = torch.zeros(tokens.shape)
+    for span in spans:
+        credits[span.response, span.start : span.end] = span.credit
+    return credits.to(tokens.device)
 
 
 def leaf_advantages(
-    tokens, lengths, surprisal, rewards, fork_budget: int = 2, terms: str = "both", multiplicity: bool = True,
-    normalize: bool = True, min_prefix: int = 1, boundaries: list[int] | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """LEAF's advantage of every token of one prompt's K responses: (K, T) float32, zero past each length.
+    tokens,
+    lengths,
+    surprisal,
+    rewards,
+    fork_budget: int = 2,
+    terms: str = "both",
+    multiplicity: bool = True,
+    normalize: bool = True,
+    boundaries: list[int] | None = None,
+) -> torch.Tensor:
+    """LEAF's advantage of every token of one prompt's K responses: (K, T) float32.
 
-    tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float. terms ("both", "global",
-    "local"), multiplicity and normalize switch off parts of the rule for ablations; boundaries, if given, replace the
-    selected ones. terms="leave-one-out" is our variant, in GRPO's scale. The result is on the tokens' device. Raises
+    tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float.
+    `terms`, `multiplicity` and `normalize` switch parts of the rule off, for ablations;
+    `boundaries` replace the selected ones. Zero past each length; on the tokens' device. Raises
     ValueError on a non-finite reward.
     """
-    tokens, lengths, rewards = torch.as_tensor(tokens), _to_list(lengths), _to_list(rewards)
-    if not all(map(math.isfinite, rewards)):
+    tokens = torch.as_tensor(tokens)
+    rewards = _to_list(rewards)
+    if not all(math.isfinite(reward) for reward in rewards):
         raise ValueError(f"rewards must be finite, got {rewards}")
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
         return torch.zeros(tokens.shape, device=tokens.device)
     if boundaries is None:
-        boundaries = select_boundaries(surprisal, lengths, fork_budget, min_prefix)
-    nodes, loo = build_tree(tokens, lengths, rewards, boundaries), terms == "leave-one-out"
-    if loo:
-        spans = leave_one_out_credits(lengths, rewards, nodes)
-    else:
-        spans = span_credits(lengths, rewards, nodes, terms, multiplicity)
-    credits = [credit for *_, credit in spans]
-    if normalize and loo:  # as GRPO does: a z-score would weigh prompts and spans by what happened to be sampled
-        credits = [credit / (max(stdev(rewards), 1 / 3) + 1e-6) for credit in credits]
-    elif normalize and spans:  # step 5: a span shared by n responses is in the list n times; a lone pair gets 0
-        mean = math.fsum(credits) / len(credits)
-        std = math.sqrt(math.fsum((credit - mean) ** 2 for credit in credits) / max(1, len(credits) - 1))  # unbiased
-        credits = [(credit - mean) / max(std, 1e-6) for credit in credits]
-    # A response's spans follow each other without a gap, so each token inherits its span's credit in reading order.
-    owned = torch.arange(tokens.shape[1]) < torch.as_tensor(lengths)[:, None]  # (K, T)
-    span_lengths = torch.tensor([end - start for _, start, end, _ in spans], dtype=torch.int64)
-    of_tokens = torch.tensor(credits, dtype=torch.float32).repeat_interleave(span_lengths)
-    return torch.zeros(tokens.shape).masked_scatter_(owned, of_tokens).to(tokens.device)
+        boundaries = select_boundaries(surprisal, lengths, fork_budget)
+    nodes = build_tree(tokens, lengths, rewards, boundaries)
+    spans = span_credits(lengths, rewards, nodes, terms, multiplicity)
+    if normalize:
+        spans = z_score(spans)
+    return token_credits(spans, tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# GRPO, the baseline
 
 
 def grpo_advantages(rewards, lengths, std_floor: float = 1 / 3) -> torch.Tensor:
-    """The GRPO baseline: one number per response for all of its tokens, (K, T) float32 with T the longest length.
+    """One number per response for all of its tokens: (K, T) float32, T the longest length.
 
-    A_i = (r_i - mean r) / (max(std r, std_floor) + 1e-6), unbiased std. The floor of 1/3 is the LEAF authors'; since
-    BLEU rewards spread less than that, it also shrinks the step. std_floor=0 is plain GRPO.
+    A_i = (r_i - mean r) / (max(std r, std_floor) + 1e-6), unbiased std. The floor of 1/3 is the
+    LEAF authors'; BLEU rewards spread less than that, so it also shrinks the step. std_floor=0 is
+    plain GRPO (Shao et al., arXiv 2402.03300).
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     lengths = torch.as_tensor(lengths, device=rewards.device)
-    credit = torch.zeros_like(rewards)
+    advantages = torch.zeros_like(rewards)
     if len(rewards) > 1 and rewards.max() > rewards.min():
-        credit = (rewards - rewards.mean()) / (rewards.std().clamp(min=std_floor) + 1e-6)
+        advantages = (rewards - rewards.mean()) / (rewards.std().clamp(min=std_floor) + 1e-6)
     mask = torch.arange(int(lengths.max()), device=rewards.device) < lengths[:, None]  # (K, T)
-    return (credit[:, None] * mask).float()
+    return (advantages[:, None] * mask).float()
 
 
-def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, kl_coef: float = 0.02):
-    """The objective of LEAF and GRPO alike: clipped policy gradient plus k3 estimate of the KL; returns (loss, stats).
+# --------------------------------------------------------------------------------------------------
+# The objective, the same for both
 
-    All (N, T), N responses of any prompts: log-probabilities of the sampled tokens under the model's full softmax, and
-    a mask of each response's tokens, EOS included. Mean over a response's tokens, then over responses: micro-batches
-    weighted by their share of responses add up to the whole.
+
+def policy_loss(
+    logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, kl_coef: float = 0.02
+):
+    """Clipped policy gradient plus the k3 estimate of the KL to the reference: (loss, statistics).
+
+    All inputs are (N, T), N responses of any prompts: log-probabilities of the sampled tokens under
+    the model's full softmax, now, when sampled and under the reference; advantages; a mask of each
+    response's tokens, EOS included. The loss is a mean over a response's tokens, then over
+    responses, so micro-batches weighted by their share of responses add up to the whole.
     """
     mask = mask.to(logp.dtype)
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)  # (N, T), sums to 1
@@ -269,111 +247,158 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, k
 
     log_ratio = (logp - old_logp) * mask  # masked before exp: padding must not overflow
     ratio = log_ratio.exp()  # rho
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     log_ref_ratio = (ref_logp - logp) * mask
     k3 = torch.expm1(log_ref_ratio) - log_ref_ratio
     loss = mean(-surrogate + kl_coef * k3)
-    stats = {
+    was_clipped = ratio * advantages > clipped_ratio * advantages
+    statistics = {
         "loss": loss.detach(),
         "kl": mean(k3.detach()),
-        "clip_fraction": mean((ratio * advantages > clipped * advantages).to(logp.dtype)),
+        "clip_fraction": mean(was_clipped.to(logp.dtype)),
         "ratio": mean(ratio.detach()),
-        "ratio_gap": mean((ratio.detach() - 1).abs()),  # 0 before a batch's first update, but for rounding
+        "ratio_gap": mean((ratio.detach() - 1).abs()),  # but for rounding 0 before the first update
     }
-    return loss, stats
+    return loss, statistics
 
 
-def learning_rate(peak: float, warmup: float, final: float, progress: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to a share of the peak; progress runs from 0 to 1."""
-    if progress < warmup:
-        return peak * progress / warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    return peak * (final + (1 - final) * cosine)
+# --------------------------------------------------------------------------------------------------
+# Fork statistics: is there anything for a tree to see?
 
 
 def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
-    """Forkability: for each selected boundary, does a fork fire there, and is it usable?
+    """For each selected boundary: does a fork fire there, is it usable, how large are its groups?
 
-    A fork fires when a group of two or more has a member that goes on past the boundary; it is usable when such a
-    group also has different rewards inside. group_size and reward_spread are means over retained groups, or 0.
+    A fork fires when a group of two or more has a member that goes on past the boundary; it is
+    usable when such a group also has different rewards inside. group_size and reward_spread
+    (largest minus smallest reward) are means over the retained groups, 0 where there is none.
     """
-    lengths, rewards = _to_list(lengths), _to_list(rewards)
-    nodes, report = build_tree(tokens, lengths, rewards, boundaries), []
+    lengths = _to_list(lengths)
+    rewards = _to_list(rewards)
+    nodes = build_tree(tokens, lengths, rewards, boundaries)
+    report = []
     for b in sorted(set(boundaries)):
+        sizes = [0]
+        spreads = [0.0]
+        fires = usable = False
         groups = [node.members for node in nodes if node.boundary == b]
-        spreads = [max(rewards[i] for i in g) - min(rewards[i] for i in g) for g in groups]
-        going_on = [any(lengths[i] > b for i in g) for g in groups]
-        usable = any(on and spread > 0 for on, spread in zip(going_on, spreads))
-        size, spread = (sum(x) / max(1, len(groups)) for x in (map(len, groups), spreads))
-        report.append(dict(position=b, fires=any(going_on), usable=usable, group_size=size, reward_spread=spread))
+        if groups:
+            sizes = [len(group) for group in groups]
+            spreads = [
+                max(rewards[i] for i in group) - min(rewards[i] for i in group) for group in groups
+            ]
+        for group, spread in zip(groups, spreads):
+            if any(lengths[i] > b for i in group):
+                fires = True
+                usable = usable or spread > 0
+        report.append(
+            {
+                "position": b,
+                "fires": fires,
+                "usable": usable,
+                "group_size": fmean(sizes),
+                "reward_spread": fmean(spreads),
+            }
+        )
     return report
 
 
 def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, float]:
-    """What to watch: means over prompts, of the rewards of their K responses, and over boundaries, of fork_stats."""
+    """What to watch: means over prompts, of the rewards of their K responses, and over boundaries,
+    of fork_stats."""
     forks = forks or [{"fires": False, "usable": False}]
     return {
-        "reward": fmean(map(fmean, rewards)),
-        "reward_std": fmean(stdev(group) if len(group) > 1 else 0 for group in rewards),
+        "reward": fmean(fmean(group) for group in rewards),
+        "reward_std": fmean(stdev(group) if len(group) > 1 else 0.0 for group in rewards),
         "equal_rewards": fmean(max(group) == min(group) for group in rewards),
         "fork_fire": fmean(fork["fires"] for fork in forks),
         "usable_fork_fire": fmean(fork["usable"] for fork in forks),
     }
 
 
+# --------------------------------------------------------------------------------------------------
+# To look at: the tree as text, and tokens shaded by their credit
+
+
 def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=None) -> str:
-    """The prefix tree as text. pieces: each response as a list of token strings; rewards may be None (no values)."""
-    known = rewards is not None
-    lines = [f"root  n={len(pieces)}" + (f"  V={sum(rewards) / len(rewards):.4f}" if known else "")]
-
-    def draw(members, start, level, indent):
-        # Groups only split as b grows: this node's children are the retained nodes of later boundaries inside it.
-        pending = list(members)
-        for depth, node in enumerate(nodes[level:], start=level):
-            if set(node.members) <= set(pending):
-                text = "".join(pieces[node.members[0]][start : node.boundary])
-                value = f"  V={node.value:.4f}" if known else ""
-                lines.append(f"{indent}+- {text!r}  t={node.boundary}  n={len(node.members)}{value}")
-                draw(node.members, node.boundary, depth + 1, indent + "|  ")
-                pending = [i for i in pending if i not in node.members]
-        for i in pending:
-            reward = f"  r={rewards[i]:.4f}" if known else ""
-            lines.append(f"{indent}o- {''.join(pieces[i][start:])!r}  response {i + 1}{reward}")
-
-    draw(range(len(pieces)), 0, 0, "")
+    """The tree as text. pieces: each response as token strings; rewards None: no values shown."""
+    root = f"root  n={len(pieces)}"
+    if rewards is not None:
+        root += f"  V={fmean(rewards):.4f}"
+    everyone = list(range(len(pieces)))
+    lines = [root, *_branches(pieces, rewards, nodes, everyone, start=0, indent="")]
     if advantages is not None:
         lines.append("advantage of each token:")
         for i, row in enumerate(pieces):
-            lines.append(f"  response {i + 1}: " + "  ".join(f"{p} {a:+.5f}" for p, a in zip(row, advantages[i])))
+            told = "  ".join(f"{piece} {a:+.5f}" for piece, a in zip(row, advantages[i]))
+            lines.append(f"  response {i + 1}: {told}")
     return "\n".join(lines)
 
 
+def _branches(pieces, rewards, nodes, members, start: int, indent: str) -> list[str]:
+    """Lines for the responses `members`, which have shown their first `start` tokens already."""
+    lines = []
+    pending = list(members)
+    # Groups only split as b grows: the children here are the next nodes made of pending members.
+    for depth, node in enumerate(nodes):
+        if set(node.members) <= set(pending):
+            text = "".join(pieces[node.members[0]][start : node.boundary])
+            value = "" if rewards is None else f"  V={node.value:.4f}"
+            size = len(node.members)
+            lines.append(f"{indent}+- {text!r}  t={node.boundary}  n={size}{value}")
+            later = nodes[depth + 1 :]
+            lines += _branches(pieces, rewards, later, node.members, node.boundary, indent + "|  ")
+            pending = [i for i in pending if i not in node.members]
+    for i in pending:
+        reward = "" if rewards is None else f"  r={rewards[i]:.4f}"
+        lines.append(f"{indent}o- {''.join(pieces[i][start:])!r}  response {i + 1}{reward}")
+    return lines
+
+
+PRAISE = (157, 120, 34)  # 256-colour codes: green, from light to dark
+BLAME = (224, 217, 203)  # and red
+NEUTRAL = 255
+
+
 def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
-    """A response with each token on a background of its credit: green is praise, red is blame; numbers if no colour."""
+    """A response with each token on the colour of its credit, or its number beside it."""
     if not colour:
         return "".join(f"{piece}[{a:+.1f}]" for piece, a in zip(pieces, advantages)).strip()
-    out = ""
+    shaded = ""
     for piece, a in zip(pieces, advantages):
-        shades = ((157, 120, 34) if a > 0 else (224, 217, 203)) if abs(a) > 0.05 else (255,) * 3  # 256-colour codes
-        out += f"\033[48;5;{shades[min(2, int(abs(a) * 1.5))]}m\033[38;5;16m{piece}\033[0m"
-    return out
+        shades = PRAISE if a > 0 else BLAME
+        strength = min(2, int(abs(a) * 1.5))
+        background = shades[strength] if abs(a) > 0.05 else NEUTRAL
+        shaded += f"\033[48;5;{background}m\033[38;5;16m{piece}\033[0m"
+    return shaded
 
 
 def _to_list(x) -> list:
     return x.tolist() if isinstance(x, torch.Tensor) else list(x)
 
 
-if __name__ == "__main__":
-    # Three responses to one prompt; E ends a response. The first is good and leaves the others at its third token.
-    pieces, rewards, lengths = [list("abcdE"), list("abE"), list("abE")], [1.0, 0.2, 0.2], [5, 3, 3]
-    tokens = [["abcdE".index(p) for p in row] + [0] * (5 - len(row)) for row in pieces]
+def worked_example():
+    """Three responses to one prompt; E ends a response. The first is good, and leaves the others at
+    its third token."""
+    pieces = [list("abcdE"), list("abE"), list("abE")]
+    rewards = [1.0, 0.2, 0.2]
+    lengths = [5, 3, 3]
+    tokens = [[0, 1, 2, 3, 4], [0, 1, 4, 0, 0], [0, 1, 4, 0, 0]]
     surprisal = [[0.1, 0.1, 2.0, 0.3, 3.0], [0.1, 0.1, 0.4, 0, 0], [0.1, 0.1, 0.4, 0, 0]]
+
     boundaries = select_boundaries(surprisal, lengths, fork_budget=2)
     nodes = build_tree(tokens, lengths, rewards, boundaries)
+    advantages = leaf_advantages(tokens, lengths, surprisal, rewards)
     print(f"boundaries {boundaries}")
-    print(format_tree(pieces, rewards, nodes, leaf_advantages(tokens, lengths, surprisal, rewards).tolist()))
+    print(format_tree(pieces, rewards, nodes, advantages.tolist()))
     print("raw credit of each span, (GA + LA) / sqrt(n), before the z-score:")
     for i, start, end, credit in span_credits(lengths, rewards, nodes):
-        print(f"  response {i + 1}  [{start}, {end})  {''.join(pieces[i][start:end]):4} {credit:+.5f}")
-    print("GRPO, all tokens of a response:", [round(a, 5) for a in grpo_advantages(rewards, lengths)[:, 0].tolist()])
+        text = "".join(pieces[i][start:end])
+        print(f"  response {i + 1}  [{start}, {end})  {text:4} {credit:+.5f}")
+    grpo = grpo_advantages(rewards, lengths)[:, 0].tolist()
+    print("GRPO, all tokens of a response:", [round(a, 5) for a in grpo])
+
+
+if __name__ == "__main__":
+    worked_example()

@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-import leaf
-from lora import load_weights, lora_rounded
+from lora import lora_rounded, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape of the model. Field names and file format are those of a Granite Speech config.json.
@@ -421,6 +420,60 @@ class LanguageModel(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One token drawn
+
+
+def draw(logits, u, temperature: float, top_p: float):
+    """One token per row of logits (..., V) by inverting the cumulative distribution at u (...) in [0, 1).
+
+    Returns token, log q (after temperature and top-p truncation and renormalisation), log p (full softmax).
+    """
+    logp = logits.log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+        return token, torch.zeros_like(u), logp.gather(-1, token[..., None])[..., 0]
+    q = nucleus((logits / temperature).softmax(-1), top_p)
+    mass = q.cumsum(-1)
+    total = mass[..., -1:]
+    token = torch.searchsorted(mass, u[..., None] * total, right=True).clamp(max=q.shape[-1] - 1)
+    # Where rounding steps past the end or, in a sum made in parallel, onto a token of no probability: the likeliest.
+    token = torch.where(q.gather(-1, token) > 0, token, q.argmax(-1, keepdim=True))
+    logq = (q.gather(-1, token) / total).log()
+    return token[..., 0], logq[..., 0], logp.gather(-1, token)[..., 0]
+
+
+def nucleus(q, top_p: float):
+    """Probabilities (..., V) with zeros outside the smallest set of most probable tokens whose mass reaches top_p."""
+    if top_p == 1:
+        return q
+    values = ascending(q)
+    mass = values.cumsum(-1)  # of a token and all less probable ones: it stays if that is more than may be cut
+    cut = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True).clamp(max=q.shape[-1] - 1)  # how many go
+    least = values.gather(-1, cut)
+    room = q.shape[-1] - cut - (q > least).sum(-1, keepdim=True)  # for tokens that are just as probable as the last
+    ties = q == least
+    return q.masked_fill((q < least) | ties & (ties.cumsum(-1, dtype=torch.float32) > room), 0)
+
+
+def ascending(q):
+    if q.device.type != "cpu":
+        return q.sort(-1).values
+    values = q.clone()
+    values.numpy().sort(axis=-1)  # with vector instructions, ten times as fast as torch on the CPU
+    return values
+
+
+def first_copies(tokens, real):
+    """Which tokens (P, K, T), of those that are real, end a prefix that no response before had: (P, K, T) bool; and the
+    place k * T + t of the first to end the same prefix: (P, K * T)."""
+    K, T = tokens.shape[1:]
+    apart = ((tokens[:, :, None] != tokens[:, None]) | ~real[:, None]).cumsum(-1) > 0  # (P, K, K, T)
+    first = apart.byte().argmin(2)  # (P, K, T)
+    response, time = (torch.arange(n, device=tokens.device) for n in (K, T))
+    return real & (first == response[:, None]), (first * T + time).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The whole, sampled and scored
 
 
@@ -444,9 +497,21 @@ class Rollout:
     logq: torch.Tensor  # (P, K, T) log-probability under the sampling distribution: surprisal is -logq
     logp: torch.Tensor  # (P, K, T) log-probability under the full softmax at temperature 1
 
+    def trimmed(self):
+        T = int(self.lengths.max())
+        return Rollout(self.tokens[..., :T], self.lengths, self.logq[..., :T], self.logp[..., :T])
+
+    def to(self, device):
+        return Rollout(*(x.to(device) for x in (self.tokens, self.lengths, self.logq, self.logp)))
+
     @property
     def mask(self):  # (P, K, T): from lengths and never from token ids, so that the EOS token is trained
         return torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
+
+
+class PrefixTree:
+    def __init__(self, tokens, lengths):
+        self.tokens, self.lengths = tokens, lengths
 
 
 class Row:
@@ -461,7 +526,7 @@ class Row:
         (P, K, T), L = tokens.shape, valid.shape[1]
         time = torch.arange(T, device=tokens.device)
         self.K, self.L, self.real = K, L, time < lengths[..., None]  # (P, K, T)
-        inner, copy = leaf.first_copies(tokens[..., :-1], self.real[..., 1:])
+        inner, copy = first_copies(tokens[..., :-1], self.real[..., 1:])
         kept = torch.cat((valid, inner.flatten(1)), dim=1)  # (P, S)
         place = (kept.flatten().cumsum(0) - 1).clamp(min=0).view(kept.shape)  # of a slot in the row
         copies = place.gather(1, L + copy)  # (P, K * (T - 1))
@@ -469,7 +534,7 @@ class Row:
         response_positions = (valid.sum(1)[:, None] + time[:-1]).repeat(1, K)
         self.positions = torch.cat((prompt_positions(valid), response_positions), dim=1)
         # Of tokens to be scored, too, each distinct one once: where its parent stands, the first at the prompt's end.
-        distinct, copy = leaf.first_copies(tokens, self.real)
+        distinct, copy = first_copies(tokens, self.real)
         last = place.gather(1, last_position(valid)[:, None])[..., None].expand(-1, K, 1)
         self.scored = distinct.flatten().nonzero()[:, 0]
         self.parent = torch.cat((last, copies.view(P, K, T - 1)), dim=2).flatten()[self.scored]
@@ -560,7 +625,12 @@ class SpeechLM(nn.Module):
 
     # ---- scoring
 
-    def response_logp(self, prompts: Prompts, tokens, lengths) -> torch.Tensor:
+    def response_logp(self, prompts: Prompts, trees) -> torch.Tensor:
+        tokens = nn.utils.rnn.pad_sequence([t.tokens.T for t in trees], batch_first=True).mT.to(self.device)
+        lengths = torch.stack([torch.as_tensor(t.lengths) for t in trees]).to(self.device)
+        return self._response_logp(prompts, tokens, lengths)
+
+    def _response_logp(self, prompts: Prompts, tokens, lengths) -> torch.Tensor:
         """Log-probabilities (P, K, T), full softmax, of the responses' tokens (P, K, T); zero past lengths (P, K).
 
         What is the same is computed once: a prompt for all its responses, a prefix for all responses that share it.
@@ -627,7 +697,7 @@ class SpeechLM(nn.Module):
 
         def emit(hidden):  # (P, K, C)
             u = noise.index_select(2, t)[..., 0]
-            drawn = leaf.draw(self.language_model.logits(hidden), u, temperature, top_p)
+            drawn = draw(self.language_model.logits(hidden), u, temperature, top_p)
             for kept, new in zip((tokens, logq, logp), drawn):
                 kept.index_copy_(2, t, new[..., None])
             lengths.add_(~done)
@@ -668,20 +738,25 @@ class SpeechLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None) -> "SpeechLM":
-        """Load a released checkpoint, or what save() wrote: config.json, and model.safetensors or its numbered parts.
+        """Load what save() wrote. Tensors go to the device one by one, in dtype (None: as stored).
 
-        Tensors go to the device one by one, in dtype (None: as stored), so that memory holds little more than the
-        weights. Raises ValueError where tensors are unknown, missing or of another shape than config.json says.
+        Raises ValueError where tensors are unknown, missing or of another shape than config.json says.
         """
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
+        model = cls.without_weights(folder / "config.json")
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(read_tensors([folder / "model.safetensors"], shapes, device, dtype), assign=True)
+        return model
+
+    @classmethod
+    def without_weights(cls, file: Path) -> "SpeechLM":
+        """The model of a config.json on the meta device, for load_state_dict(..., assign=True)."""
+        config = json.loads(file.read_text())
         try:
             with torch.device("meta"):
-                model = cls(SpeechConfig.from_dict(config))
+                return cls(SpeechConfig.from_dict(config))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'config.json'} is of no model that this code knows: {error!r}") from None
-        load_weights(model, folder, config.get("has_lora_adapter"), device, dtype)
-        return model
+            raise ValueError(f"{file} is of no model that this code knows: {error!r}") from None
 
 
 def pad(tensors: list[torch.Tensor], device):

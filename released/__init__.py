@@ -1,0 +1,12 @@
+"""IBM's released Granite Speech checkpoints, in and out: see README.md in this folder.
+
+    model, tokenizer = released.load(folder)
+
+Only `train.py --init` and what uses its runs import this package, and with it tokenizers and
+jinja2; the default run needs neither.
+"""
+
+from released.chat import ChatTokenizer
+from released.checkpoint import load_model
+
+__all__ = ["ChatTokenizer", "load_model"]

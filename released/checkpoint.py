@@ -1,0 +1,54 @@
+"""The weights of a released checkpoint: numbered shards, and a LoRA of its own that belongs to it."""
+
+import json
+from pathlib import Path
+
+import torch.nn as nn
+
+from lora import load_adapter, lora_layers, merge, read_tensors
+from model import SpeechLM
+
+
+def load_model(folder, device="cpu", dtype=None) -> SpeechLM:
+    """A released checkpoint: config.json, and model.safetensors or its numbered parts.
+
+    A LoRA that lies in the folder is part of the checkpoint and is merged. Tensors go to the device
+    one by one, in dtype (None: as stored), so that memory holds little more than the weights.
+    Raises ValueError where tensors are unknown, missing or of another shape than config.json says,
+    or the LoRA that config.json promises is not there.
+    """
+    folder = Path(folder)
+    model = SpeechLM.without_weights(folder / "config.json")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = read_tensors(weight_files(folder), shapes, device, dtype)
+    model.load_state_dict(tensors, assign=True)
+    if (folder / "adapter_config.json").exists():
+        load_adapter(model, folder)
+        fold(model)
+        model.requires_grad_(True)
+    elif json.loads((folder / "config.json").read_text()).get("has_lora_adapter"):
+        raise ValueError(
+            f"{folder}: adapter_config.json and adapter_model.safetensors are missing, which by "
+            "config.json belong to it (has_lora_adapter: false if they are merged)"
+        )
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that the index names: stale shards may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    names = json.loads(index.read_text())["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def fold(model: nn.Module):
+    """Merge adapters for good: plain linear layers again, ready for another adapter."""
+    merge(model)
+    for name, layer in lora_layers(model).items():
+        has_bias = layer.bias is not None
+        plain = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
+        plain.weight = layer.weight
+        plain.bias = layer.bias
+        model.set_submodule(name, plain.train(layer.training))

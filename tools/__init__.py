@@ -1,0 +1,1 @@
+"""Use and look at what train.py trained."""

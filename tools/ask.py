@@ -1,0 +1,76 @@
+"""Ask a trained model about a recording, and see its sampled answers as LEAF sees them.
+
+    python -m tools.ask RUN AUDIO "question"                       the greedy answer
+    python -m tools.ask RUN AUDIO "question" --samples 8           and the tree of 8 sampled ones
+    python -m tools.ask RUN AUDIO "question" --samples 8 --reference TEXT
+                                                    with rewards, values and every token's credit
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+import data
+import leaf
+import train
+
+
+def ask(run: Path, audio: str, question: str, samples: int, reference: str, device: str):
+    """Print the answer of a finished run, and with samples the prefix tree of so many responses."""
+    cfg = train.finished(run, {"device": device})
+    torch_device, dtype = train.pick(cfg)
+    row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
+    split = data.Split("asked", [row], cfg.cache_gb)
+    model, tokenizer = train.load(cfg, torch_device, dtype, cfg.resume_adapter)
+    split.project(model, tokenizer)
+    print(train.answer(model, tokenizer, split, cfg)[0])
+    if samples == 0:
+        return
+    u = data.noise([cfg.seed, 7], [0], samples, cfg.max_new_tokens, model.device)
+    prompts = split.prompts(model, [0])
+    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
+    tokens, lengths, surprisal = rollout.tokens[0], rollout.lengths[0], -rollout.logq[0]
+    rewards = [0.0] * samples
+    if reference:
+        answers = train.decode(tokenizer, tokens, lengths)
+        rewards = data.reward_all(answers, [row] * samples)
+    advantages, boundaries = train.credit(cfg, tokens, lengths, surprisal, rewards)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    pieces = [tokenizer.pieces(t[:n].tolist()) for t, n in zip(tokens, lengths)]
+    print(f"boundaries {boundaries}")
+    if reference:
+        print(leaf.format_tree(pieces, rewards, nodes, advantages.tolist()))
+    else:
+        print(leaf.format_tree(pieces, None, nodes))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        "python -m tools.ask",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("audio", help="recording to ask about")
+    parser.add_argument("question")
+    parser.add_argument("--samples", type=int, default=0, help="sample so many, show their tree")
+    parser.add_argument("--reference", default="", help="the right answer: shows rewards and credit")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    args = parser.parse_args(argv)
+    if data.AUDIO in args.question or not args.question.strip():
+        parser.error(f"the question must be text, without {data.AUDIO}")
+    if args.samples < 0 or args.samples == 1:
+        parser.error("--samples must be 2 or more, which a tree needs, or 0")
+    if args.reference and not args.samples:
+        parser.error("--reference goes with --samples")
+    ask(args.run, args.audio, args.question, args.samples, args.reference, args.device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (data.UserError, OSError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
