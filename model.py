@@ -5,16 +5,19 @@ One architecture, that of IBM's Granite Speech (arXiv 2505.08699), in any size:
     log-mel (T, 160)  two 80-mel frames stacked, 50 per second (data.py)
       -> encoder      Conformer with block-wise attention, Shaw relative positions, self-conditioned CTC
       -> projector    window Q-Former: 15 frames -> 3 embeddings, 10 per second
-      -> decoder      Granite: llama-like, with multipliers on embeddings, attention, residuals and logits
+      -> decoder      Granite: llama-like, with multipliers on embeddings, attention, residuals, logits
 
-Module names are the released safetensors names, so a checkpoint loads with a plain load_state_dict. Shapes in
-comments: B batch, T frames or response tokens, C channels, H heads, D head width, P prompts, K responses per prompt,
-L prompt length, S sequence length, V vocabulary.
+Module names are the released safetensors names. Shapes in comments: B batch, T frames or response
+tokens, C channels, H heads, D head width, P prompts, K responses per prompt, L prompt length,
+S sequence length, V vocabulary.
 
-Padding never changes a result: every convolution, attention and statistic that could see a padded frame masks it.
+Padding never changes a result: every convolution, attention and statistic that could see a padded
+frame masks it.
 
-The K responses to a prompt share it. The sampler computes it once and copies its keys and values to each of them; the
-scorer, which training goes through, computes it once, and once whatever several responses have in common (Row).
+What K responses to one prompt share is computed once. To sample them, the prompt's keys and values
+are computed once and copied to each response (KVCache). To score them, all K form one sequence: the
+prompt, then the prefix tree of their tokens, in which each token sees the prompt and its ancestors
+(PrefixTree).
 """
 
 import json
@@ -22,6 +25,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import lora_rounded, read_tensors
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shape of the model. Field names and file format are those of a Granite Speech config.json.
 
 
@@ -90,36 +94,63 @@ class SpeechConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "SpeechConfig":
-        """From a config.json; keys that do not shape the model are ignored. ValueError: positions that are not here."""
+        """From a config.json; keys that do not shape the model are ignored.
+
+        Raises ValueError on scaled rotary positions, KeyError or TypeError on a foreign file.
+        """
 
         def pick(kind, values):
             return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
-        text = config["text_config"] | (config["text_config"].get("rope_parameters") or {})  # newer files nest them
+        text = config["text_config"]
+        text = text | (text.get("rope_parameters") or {})  # newer files nest them
         if text.get("rope_scaling") or text.get("rope_type", "default") != "default":
             raise ValueError("scaled rotary positions are not implemented")
-        config = {"tie_word_embeddings": text.get("tie_word_embeddings", True)} | config | {"text_config": text}
-        parts = {"encoder_config": EncoderConfig, "projector_config": ProjectorConfig, "text_config": TextConfig}
-        return pick(cls, config | {name: pick(kind, config[name]) for name, kind in parts.items()})
+        parts = {
+            "encoder_config": pick(EncoderConfig, config["encoder_config"]),
+            "projector_config": pick(ProjectorConfig, config["projector_config"]),
+            "text_config": pick(TextConfig, text),
+        }
+        tied = {"tie_word_embeddings": text.get("tie_word_embeddings", True)}
+        return pick(cls, tied | config | parts)
 
     @classmethod
     def compact(cls, vocab_size: int, ctc_size: int, audio_token_index: int) -> "SpeechConfig":
-        """About 1.8 million parameters: small enough to train from scratch in minutes on two CPU cores."""
-        return cls(
-            EncoderConfig(num_layers=4, hidden_dim=96, num_heads=4, dim_head=24, output_dim=ctc_size,
-                          context_size=50, max_pos_emb=50, dropout=0.0, conv_kernel_size=15),
-            ProjectorConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=4, intermediate_size=192,
-                            encoder_hidden_size=96),
-            TextConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                       num_attention_heads=4, num_key_value_heads=2, embedding_multiplier=12.0,
-                       attention_multiplier=1 / 32**0.5, residual_multiplier=0.5, logits_scaling=1.0),
-            audio_token_index=audio_token_index,
-        )  # fmt: skip
+        """About 1.8 million parameters: trained from scratch in minutes on two CPU cores."""
+        encoder = EncoderConfig(
+            num_layers=4,
+            hidden_dim=96,
+            num_heads=4,
+            dim_head=24,
+            output_dim=ctc_size,
+            context_size=50,
+            max_pos_emb=50,
+            dropout=0.0,
+        )
+        projector = ProjectorConfig(
+            hidden_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=192,
+            encoder_hidden_size=96,
+        )
+        text = TextConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            embedding_multiplier=12.0,
+            attention_multiplier=1 / 32**0.5,
+            residual_multiplier=0.5,
+        )
+        return cls(encoder, projector, text, audio_token_index=audio_token_index)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder: Conformer (Gulati et al. 2020) with Shaw's relative positions (2018) and self-conditioned CTC
-# (Nozaki & Komatsu 2021). `mask` (B, T) is true on real frames.
+# --------------------------------------------------------------------------------------------------
+# Encoder: Conformer (Gulati et al. 2020) with Shaw's relative positions (2018) and self-conditioned
+# CTC (Nozaki & Komatsu 2021). `mask` (B, T) is true on real frames.
 
 
 class ConformerFeedForward(nn.Module):
@@ -141,7 +172,11 @@ class ConformerAttention(nn.Module):
     def __init__(self, c: EncoderConfig):
         super().__init__()
         inner = c.num_heads * c.dim_head
-        self.num_heads, self.context_size, self.max_pos_emb = c.num_heads, c.context_size, c.max_pos_emb
+        self.num_heads, self.context_size, self.max_pos_emb = (
+            c.num_heads,
+            c.context_size,
+            c.max_pos_emb,
+        )
         self.pre_norm = nn.LayerNorm(c.hidden_dim)
         self.to_q = nn.Linear(c.hidden_dim, inner, bias=False)
         self.to_kv = nn.Linear(c.hidden_dim, 2 * inner, bias=False)
@@ -164,7 +199,9 @@ class ConformerAttention(nn.Module):
         k, v = map(heads, self.to_kv(x).chunk(2, dim=-1))
         scale = q.shape[-1] ** -0.5
         position = torch.arange(block, device=x.device)
-        distance = self.rel_pos_emb(position[:, None] - position + self.max_pos_emb)  # (block, block, D)
+        distance = self.rel_pos_emb(
+            position[:, None] - position + self.max_pos_emb
+        )  # (block, block, D)
         bias = torch.einsum("bhqd,qkd->bhqk", q, distance) * scale
         # A very negative number and not -inf: a block of padding alone must not turn into NaN.
         bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
@@ -197,7 +234,9 @@ class ConformerConv(nn.Module):
 
     def forward(self, x, mask):
         x = F.glu(self.up_conv(self.norm(x).transpose(1, 2)), dim=1)  # (B, C, T)
-        x = F.pad(x * mask[:, None], self.padding)  # beyond the end is silence, as for a single recording
+        x = F.pad(
+            x * mask[:, None], self.padding
+        )  # beyond the end is silence, as for a single recording
         x = self.depth_conv["conv"](x)
         x = F.silu(self.batch_norm(x.transpose(1, 2), mask))
         return self.dropout(self.down_conv(x.transpose(1, 2)).transpose(1, 2))
@@ -234,10 +273,14 @@ class CTCEncoder(nn.Module):
         x, middle = self.input_linear(mel), None
         for i, layer in enumerate(self.layers, start=1):
             x = layer(x, mask)
-            if i == len(self.layers) // 2:  # self-conditioning: later layers see the transcript so far
+            if (
+                i == len(self.layers) // 2
+            ):  # self-conditioning: later layers see the transcript so far
                 middle = self.out(x)
                 x = x + self.out_mid(middle.softmax(-1))
-        return x * mask[..., None], middle  # zeros past the end: what the projector's last window must see
+        return x * mask[
+            ..., None
+        ], middle  # zeros past the end: what the projector's last window must see
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +301,9 @@ class QFormerAttention(nn.Module):
         super().__init__()
         self.num_heads = c.num_attention_heads
         sizes = {"query": c.hidden_size, "key": source_size, "value": source_size}
-        self.attention = nn.ModuleDict({name: nn.Linear(size, c.hidden_size) for name, size in sizes.items()})
+        self.attention = nn.ModuleDict(
+            {name: nn.Linear(size, c.hidden_size) for name, size in sizes.items()}
+        )
         self.output = to_residual(c.hidden_size, c)
 
     def forward(self, x, source):
@@ -266,7 +311,9 @@ class QFormerAttention(nn.Module):
             self.attention[name](y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name, y in (("query", x), ("key", source), ("value", source))
         )
-        return add(self.output, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), x)
+        return add(
+            self.output, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), x
+        )
 
 
 class QFormerLayer(nn.Module):
@@ -275,7 +322,9 @@ class QFormerLayer(nn.Module):
         self.attention = QFormerAttention(c, c.hidden_size)
         if index % c.cross_attention_frequency == 0:
             self.crossattention = QFormerAttention(c, c.encoder_hidden_size)
-        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, c.intermediate_size)})
+        self.intermediate_query = nn.ModuleDict(
+            {"dense": nn.Linear(c.hidden_size, c.intermediate_size)}
+        )
         self.output_query = to_residual(c.intermediate_size, c)
 
     def forward(self, x, frames):
@@ -289,7 +338,9 @@ class QFormer(nn.Module):
     def __init__(self, c: ProjectorConfig):
         super().__init__()
         self.layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(QFormerLayer(c, i) for i in range(c.num_hidden_layers))})
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList(QFormerLayer(c, i) for i in range(c.num_hidden_layers))}
+        )
 
     def forward(self, queries, frames):
         x = self.layernorm(queries)
@@ -321,37 +372,77 @@ class Projector(nn.Module):
         return (n_frames + self.window_size - 1) // self.window_size * self.num_queries
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoder
 
 
-def rotate(x, cos, sin):
-    """Rotary positions on x (..., H, D); cos, sin (..., 1, D), the first half of sin negative."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+class KVCache:
+    """Keys and values of B sequences in every layer, with room for a fixed number of positions.
 
-
-def attention(q, k, v, mask, scale: float):
-    """What queries (P, B, H, S, D) find in keys and values (P, B, H_kv, S_kv, D), in B branches of each of P prompts.
-
-    mask is added to the scores: (P, 1, H / H_kv * S, S_kv), or (P, 1, 1, S_kv) for all queries. -> (P, B, H, S, D)
+    Before a forward pass of S tokens, `slots` (S,) says where their keys and values go, and `end`
+    how many of the positions are looked at. Both may stay what they are in a CUDA graph.
     """
-    # The queries of a group, which share a key-value head, as more rows: fused kernels take masks but not groups.
-    rows = q.reshape(len(q), q.shape[1] * k.shape[2], -1, q.shape[-1])  # (P, B * H_kv, H / H_kv * S, D)
-    return F.scaled_dot_product_attention(rows, k.flatten(1, 2), v.flatten(1, 2), mask, scale=scale).reshape(q.shape)
+
+    def __init__(self, c: "TextConfig", batch: int, room: int, device, dtype):
+        # Zeros, since what nobody sees yet is multiplied by 0.
+        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, room, head_dim(c))
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.slots = torch.arange(room, device=device)
+        self.end = room
+
+    def update(self, layer: int, k, v):
+        """Store k, v (B, H_kv, S, D) of new tokens; returns those of all, (B, H_kv, end, D)."""
+        keys, values = self.values[layer]
+        keys.index_copy_(2, self.slots, k)
+        values.index_copy_(2, self.slots, v)
+        return keys[:, :, : self.end], values[:, :, : self.end]
+
+    def copy_prompts(self, prompts: "KVCache", K: int):
+        """Begin with what `prompts` holds of P sequences, K times each."""
+        length = prompts.values.shape[-2]
+        room = self.values.unflatten(2, (-1, K))  # (layers, 2, P, K, H_kv, room, D)
+        room[..., :length, :] = prompts.values[:, :, :, None]
+
+
+def head_dim(c: TextConfig) -> int:
+    return c.head_dim or c.hidden_size // c.num_attention_heads
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021) on x (B, H, S, D); cos, sin (B, 1, S, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    def __init__(self, c: TextConfig):
+    """Causal self-attention with grouped queries: H / H_kv query heads share a key-value head."""
+
+    def __init__(self, c: TextConfig, layer: int):
         super().__init__()
-        self.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        self.layer = layer
+        self.head_dim = head_dim(c)
+        self.scale = c.attention_multiplier
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, layer, attend):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+    def forward(self, x, cos, sin, mask, cache: KVCache | None):  # (B, S, C) -> (B, S, C)
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or H_kv, S, D)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        # Fused kernels take masks but not groups. So the queries of a group's heads, which look at
+        # the same keys, stand below one another as if they were more positions of one head.
+        B, H, S, D = q.shape
+        q = q.reshape(B, k.shape[1], -1, D)  # (B, H_kv, H / H_kv * S, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        out = out.reshape(B, H, S, D).transpose(1, 2).flatten(2)  # (B, S, H * D)
+        return self.o_proj(out)
 
 
 class MLP(nn.Module):
@@ -366,42 +457,47 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c: TextConfig, layer: int):
         super().__init__()
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, layer)
         self.mlp = MLP(c)
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.residual_multiplier = c.residual_multiplier
 
-    def forward(self, x, cos, sin, layer, attend):
-        x = x.add(self.self_attn(self.input_layernorm(x), cos, sin, layer, attend), alpha=self.residual_multiplier)
+    def forward(self, x, cos, sin, mask, cache: KVCache | None):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x.add(attended, alpha=self.residual_multiplier)
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
 
 
 class Decoder(nn.Module):
-    """Everything but attention looks at one token at a time. So the caller chooses how tokens are laid out, and says
-    who sees whom: attend(layer, q, k, v) gets the layer's queries (..., H, D), keys and values (..., H_kv, D), rotated,
-    and returns what each query found (..., H, D).
-    """
-
     def __init__(self, c: TextConfig):
         super().__init__()
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, positions, attend):
-        """Embeddings x (..., C) at positions (...) -> (..., C)."""
-        x = x * self.config.embedding_multiplier
-        D = self.layers[0].self_attn.head_dim
-        frequency = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-        angle = positions[..., None, None].float() * frequency  # (..., 1, D / 2)
-        cos, sin = angle.cos(), angle.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, i, attend)
+    def forward(self, x, positions, mask, cache: KVCache | None = None):
+        """Embeddings x (B, S, C) at positions (B, S) -> hidden states (B, S, C).
+
+        mask (B, S, S_kv), bool: true where a token sees another, or what is in the cache. Every
+        token must see at least one: a softmax over nothing is NaN.
+        """
+        c = self.config
+        x = x * c.embedding_multiplier
+        D = head_dim(c)
+        exponent = torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D
+        angle = positions[:, None, :, None] * c.rope_theta**-exponent  # (B, 1, S, D / 2)
+        cos = angle.cos().to(x.dtype)
+        sin = angle.sin().to(x.dtype)
+        # What is added to the scores, once for each query head of a group (see Attention).
+        group = c.num_attention_heads // c.num_key_value_heads
+        scores = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
+        mask = scores.repeat(1, group, 1)[:, None]  # (B, 1, group * S, S_kv)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 
@@ -413,79 +509,86 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def logits(self, hidden):
-        """Next-token logits in float32; log-softmax in bf16 would lose what the importance ratio is made of."""
-        hidden = hidden / self.model.config.logits_scaling  # smaller than the logits are
-        logits = self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.model.embed_tokens.weight)
-        return logits.float()
+        """Next-token logits (..., V) of hidden states (..., C), in float32: a log-softmax in bf16
+        would lose what the importance ratio is made of."""
+        hidden = hidden / self.model.config.logits_scaling  # here, since there are fewer of these
+        if hasattr(self, "lm_head"):
+            return self.lm_head(hidden).float()
+        return F.linear(hidden, self.model.embed_tokens.weight).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One token drawn
 
 
-def draw(logits, u, temperature: float, top_p: float):
-    """One token per row of logits (..., V) by inverting the cumulative distribution at u (...) in [0, 1).
+def draw_token(logits, u, temperature: float, top_p: float):
+    """One token per row of logits (..., V), where the cumulative distribution passes u (...), which
+    is uniform in [0, 1).
 
-    Returns token, log q (after temperature and top-p truncation and renormalisation), log p (full softmax).
+    Returns token (...), log q (after temperature and top-p truncation and renormalisation; 0 for
+    temperature 0, which is greedy) and log p (full softmax).
     """
     logp = logits.log_softmax(-1)
     if temperature == 0:
-        token = logp.argmax(-1)
-        return token, torch.zeros_like(u), logp.gather(-1, token[..., None])[..., 0]
-    q = nucleus((logits / temperature).softmax(-1), top_p)
-    mass = q.cumsum(-1)
-    total = mass[..., -1:]
-    token = torch.searchsorted(mass, u[..., None] * total, right=True).clamp(max=q.shape[-1] - 1)
-    # Where rounding steps past the end or, in a sum made in parallel, onto a token of no probability: the likeliest.
-    token = torch.where(q.gather(-1, token) > 0, token, q.argmax(-1, keepdim=True))
-    logq = (q.gather(-1, token) / total).log()
-    return token[..., 0], logq[..., 0], logp.gather(-1, token)[..., 0]
+        token = logp.argmax(-1, keepdim=True)
+        logq = torch.zeros_like(u)
+    else:
+        q = nucleus((logits / temperature).softmax(-1), top_p)
+        mass = q.cumsum(-1)
+        total = mass[..., -1:]  # what top-p left of it
+        token = torch.searchsorted(mass, u[..., None] * total, right=True)
+        token = token.clamp(max=q.shape[-1] - 1)
+        # Rounding may step past the end or, in a sum made in parallel, onto a token of no
+        # probability: then the likeliest.
+        token = torch.where(q.gather(-1, token) > 0, token, q.argmax(-1, keepdim=True))
+        logq = (q.gather(-1, token) / total).log()[..., 0]
+    return token[..., 0], logq, logp.gather(-1, token)[..., 0]
 
 
 def nucleus(q, top_p: float):
-    """Probabilities (..., V) with zeros outside the smallest set of most probable tokens whose mass reaches top_p."""
+    """Probabilities (..., V), zero outside the smallest set of likeliest tokens whose mass reaches
+    top_p (Holtzman et al. 2020). Tokens as likely as the least of them stay, too."""
     if top_p == 1:
         return q
-    values = ascending(q)
-    mass = values.cumsum(-1)  # of a token and all less probable ones: it stays if that is more than may be cut
-    cut = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True).clamp(max=q.shape[-1] - 1)  # how many go
-    least = values.gather(-1, cut)
-    room = q.shape[-1] - cut - (q > least).sum(-1, keepdim=True)  # for tokens that are just as probable as the last
-    ties = q == least
-    return q.masked_fill((q < least) | ties & (ties.cumsum(-1, dtype=torch.float32) > room), 0)
+    ordered = sort_ascending(q)
+    mass = ordered.cumsum(-1)
+    # The tail may go as long as its mass is at most 1 - top_p; the first to stay comes after it.
+    first = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True)
+    least = ordered.gather(-1, first.clamp(max=q.shape[-1] - 1))
+    return q.masked_fill(q < least, 0)
 
 
-def ascending(q):
+def sort_ascending(q):
     if q.device.type != "cpu":
         return q.sort(-1).values
-    values = q.clone()
-    values.numpy().sort(axis=-1)  # with vector instructions, ten times as fast as torch on the CPU
-    return values
+    # numpy sorts with vector instructions: ten times as fast as torch on the CPU.
+    return torch.from_numpy(np.sort(q.numpy(), axis=-1))
 
 
-def first_copies(tokens, real):
-    """Which tokens (P, K, T), of those that are real, end a prefix that no response before had: (P, K, T) bool; and the
-    place k * T + t of the first to end the same prefix: (P, K * T)."""
-    K, T = tokens.shape[1:]
-    apart = ((tokens[:, :, None] != tokens[:, None]) | ~real[:, None]).cumsum(-1) > 0  # (P, K, K, T)
-    first = apart.byte().argmin(2)  # (P, K, T)
-    response, time = (torch.arange(n, device=tokens.device) for n in (K, T))
-    return real & (first == response[:, None]), (first * T + time).flatten(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole, sampled and scored
+# --------------------------------------------------------------------------------------------------
+# Prompts, responses, and the tree that responses form
 
 
 @dataclass
 class Prompts:
-    """P prompts as embeddings, audio included."""
+    """P prompts as embeddings, audio included; padded on the left, so that all end together."""
 
     x: torch.Tensor  # (P, L, C)
-    valid: torch.Tensor  # (P, L) bool, false on padding, which may be on either side
+    valid: torch.Tensor  # (P, L) bool, false on padding
 
     def __getitem__(self, rows):
         return Prompts(self.x[rows], self.valid[rows])
+
+    @property
+    def positions(self):  # (P, L): they count real tokens only
+        return (self.valid.cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def mask(self):  # (P, L, L): who sees whom. Padding sees itself, or its softmax would be NaN
+        L = self.valid.shape[1]
+        causal = torch.ones(L, L, dtype=torch.bool, device=self.valid.device).tril()
+        itself = torch.eye(L, dtype=torch.bool, device=self.valid.device)
+        return self.valid[:, None] & causal | itself
 
 
 @dataclass
@@ -494,84 +597,79 @@ class Rollout:
 
     tokens: torch.Tensor  # (P, K, T) int64
     lengths: torch.Tensor  # (P, K) int64, the end-of-sequence token included where it was sampled
-    logq: torch.Tensor  # (P, K, T) log-probability under the sampling distribution: surprisal is -logq
+    logq: torch.Tensor  # (P, K, T) log-probability under the sampling distribution: -surprisal
     logp: torch.Tensor  # (P, K, T) log-probability under the full softmax at temperature 1
 
-    def trimmed(self):
+    @property
+    def mask(self):  # (P, K, T): from lengths and not from token ids, so that EOS is trained
+        T = self.tokens.shape[2]
+        return torch.arange(T, device=self.tokens.device) < self.lengths[..., None]
+
+    def trimmed(self) -> "Rollout":
+        """Without what comes after the longest response."""
         T = int(self.lengths.max())
         return Rollout(self.tokens[..., :T], self.lengths, self.logq[..., :T], self.logp[..., :T])
 
-    def to(self, device):
-        return Rollout(*(x.to(device) for x in (self.tokens, self.lengths, self.logq, self.logp)))
-
-    @property
-    def mask(self):  # (P, K, T): from lengths and never from token ids, so that the EOS token is trained
-        return torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
+    def to(self, device) -> "Rollout":
+        tensors = (self.tokens, self.lengths, self.logq, self.logp)
+        return Rollout(*(tensor.to(device) for tensor in tensors))
 
 
 class PrefixTree:
-    def __init__(self, tokens, lengths):
-        self.tokens, self.lengths = tokens, lengths
+    """The K responses to one prompt as the prefix tree they form, from tokens (K, T), lengths (K,).
 
+        Anna sold two hats .        (prompt) - Anna - sold - two - hats - .
+        Anna sold hats .                         |       `-- hats - .
+        Anna lost .                              `---- lost - .
 
-class Row:
-    """P prompts and K responses to each as one row of N tokens, in which nothing comes twice.
-
-    A prompt has S = L + K * (T - 1) slots: its own L, and T - 1 for each response, whose last token predicts nothing.
-    The row holds the slots' real tokens, and of a prefix that several responses share the first one's copy only: the
-    prefix tree, one place for each of its inner nodes.
+    What goes into the decoder are the inner nodes: node 0 is the prompt's end, the others are
+    tokens that something follows. What is scored are the edges: each distinct token after each
+    distinct prefix, once. A response is a path of edges.
     """
 
-    def __init__(self, valid, tokens, lengths):
-        (P, K, T), L = tokens.shape, valid.shape[1]
-        time = torch.arange(T, device=tokens.device)
-        self.K, self.L, self.real = K, L, time < lengths[..., None]  # (P, K, T)
-        inner, copy = first_copies(tokens[..., :-1], self.real[..., 1:])
-        kept = torch.cat((valid, inner.flatten(1)), dim=1)  # (P, S)
-        place = (kept.flatten().cumsum(0) - 1).clamp(min=0).view(kept.shape)  # of a slot in the row
-        copies = place.gather(1, L + copy)  # (P, K * (T - 1))
-        self.kept, self.source = kept.flatten().nonzero()[:, 0], torch.cat((place[:, :L], copies), dim=1).flatten()
-        response_positions = (valid.sum(1)[:, None] + time[:-1]).repeat(1, K)
-        self.positions = torch.cat((prompt_positions(valid), response_positions), dim=1)
-        # Of tokens to be scored, too, each distinct one once: where its parent stands, the first at the prompt's end.
-        distinct, copy = first_copies(tokens, self.real)
-        last = place.gather(1, last_position(valid)[:, None])[..., None].expand(-1, K, 1)
-        self.scored = distinct.flatten().nonzero()[:, 0]
-        self.parent = torch.cat((last, copies.view(P, K, T - 1)), dim=2).flatten()[self.scored]
-        self.rank = (distinct.flatten().cumsum(0) - 1).clamp(min=0).view(P, -1).gather(1, copy)
+    def __init__(self, tokens, lengths):
+        self.nodes = [0]  # the token of each inner node; node 0 has none
+        self.depths = [0]  # how many tokens of a response a node ends
+        self.parents = [0]  # of each inner node
+        self.edges = []  # (node, token) of each edge
+        self.paths = []  # K lists of edges
+        self.width = len(tokens[0])  # T
+        edge_of = {}  # (node, token) -> edge
+        child_of = {}  # (node, token) -> node
+        for response, length in zip(torch.as_tensor(tokens).tolist(), lengths):
+            node = 0
+            path = []
+            for t, token in enumerate(response[: int(length)]):
+                step = (node, token)
+                if step not in edge_of:
+                    edge_of[step] = len(self.edges)
+                    self.edges.append(step)
+                path.append(edge_of[step])
+                if t + 1 == length:
+                    break  # nothing follows
+                if step not in child_of:
+                    child_of[step] = len(self.nodes)
+                    self.nodes.append(token)
+                    self.parents.append(node)
+                    self.depths.append(t + 1)
+                node = child_of[step]
+            self.paths.append(path)
 
-    def pack(self, x):
-        """Slots (P, S, ...) -> the row (N, ...)."""
-        return x.flatten(0, 1).index_select(0, self.kept)
-
-    def unpack(self, x):
-        """The row (N, H, D) -> prompts (P, 1, H, L, D) and responses (P, K, H, T - 1, D), branches for attention()."""
-        # To (P, H, S, D). An embedding is a gather whose backward pass is the fastest sum of what was gathered.
-        x = F.embedding(self.source, x.flatten(1)).view(len(self.real), -1, *x.shape[1:]).transpose(1, 2)
-        return x[:, None, :, : self.L], x[:, :, self.L :].unflatten(2, (self.K, -1)).transpose(1, 2)
-
-    def unfold(self, logp):
-        """One number for each token scored -> (P, K, T), zero past the responses' ends."""
-        return logp[self.rank].view(self.real.shape).masked_fill(~self.real, 0)
-
-
-def visible(valid, T: int = 0):
-    """Who sees whom where T tokens follow a prompt's valid (P, L) ones: (P, L + T, L + T) bool."""
-    see = F.pad(valid, (0, T), value=True)[:, None].repeat(1, valid.shape[1] + T, 1).tril()
-    # Padding before a left-padded prompt sees at least itself: a softmax over nothing is NaN.
-    return see | torch.eye(see.shape[1], dtype=torch.bool, device=see.device)
+        n = len(self.nodes)
+        self.sees = np.eye(n, dtype=bool)  # (nodes, nodes): a node sees itself and its ancestors
+        for node in range(1, n):
+            self.sees[node] |= self.sees[self.parents[node]]
 
 
-def additive(see, dtype, group: int = 1):
-    """Who sees whom (P, S, S_kv) as attention() takes it: 0 or -inf, (P, 1, group * S, S_kv)."""
-    return torch.zeros_like(see, dtype=dtype).masked_fill_(~see, -math.inf).repeat(1, group, 1)[:, None]
+# --------------------------------------------------------------------------------------------------
+# The whole
 
 
 class SpeechLM(nn.Module):
     def __init__(self, config: SpeechConfig):
         super().__init__()
-        self.config, self.cuda_graph, c = config, True, config.text_config
-        self.scale, self.group = c.attention_multiplier, c.num_attention_heads // c.num_key_value_heads
+        self.config = config
+        self.cuda_graph = True  # on CUDA, sampling replays a recorded step
         self.encoder = CTCEncoder(config.encoder_config)
         self.projector = Projector(config)
         self.language_model = LanguageModel(config.text_config, config.tie_word_embeddings)
@@ -589,13 +687,14 @@ class SpeechLM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
-                module.weight.data.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
+                fan_in = module.weight[0].numel()
+                module.weight.data.normal_(0, fan_in**-0.5, generator=generator)
                 if getattr(module, "bias", None) is not None:
                     module.bias.data.zero_()
         self.projector.query.data.normal_(0, 1, generator=generator)
         return self
 
-    # ---- audio
+    # ---- audio and prompts
 
     def encode(self, mels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Log-mels (T, 160) -> encoder frames (T, C) each."""
@@ -609,123 +708,113 @@ class SpeechLM(nn.Module):
         audio, counts = self.projector(frames.to(self.projector.query.dtype), lengths)
         return [a[:n].clone() for a, n in zip(audio, counts.tolist())]
 
-    # ---- prompts
-
     def embed_prompts(self, prompt_ids: list[list[int]], audio: list[torch.Tensor]) -> Prompts:
-        """Token ids with one audio token each, and each prompt's audio embeddings (N, C), which take its place."""
+        """Token ids with one audio token each, whose place the audio embeddings (N, C) take."""
         embed = self.language_model.model.embed_tokens
         rows = []
         for ids, sound in zip(prompt_ids, audio):
             at = ids.index(self.config.audio_token_index)
+            sound = sound.to(self.device, self.dtype)
             ids = torch.tensor(ids, device=self.device)
-            rows.append(torch.cat((embed(ids[:at]), sound.to(self.device, self.dtype), embed(ids[at + 1 :]))))
+            rows.append(torch.cat((embed(ids[:at]), sound, embed(ids[at + 1 :]))))
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        L = x.shape[1]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return Prompts(x, torch.arange(x.shape[1], device=self.device) < lengths[:, None])
+        return Prompts(x, torch.arange(L, device=self.device) >= L - lengths[:, None])
 
     # ---- scoring
 
-    def response_logp(self, prompts: Prompts, trees) -> torch.Tensor:
-        tokens = nn.utils.rnn.pad_sequence([t.tokens.T for t in trees], batch_first=True).mT.to(self.device)
-        lengths = torch.stack([torch.as_tensor(t.lengths) for t in trees]).to(self.device)
-        return self._response_logp(prompts, tokens, lengths)
+    def response_logp(self, prompts: Prompts, trees: list[PrefixTree]) -> torch.Tensor:
+        """Log-probabilities (P, K, T), full softmax, of the tokens of K responses to each prompt,
+        given as a tree per prompt; zero past a response's end."""
+        decoder = self.language_model.model
+        L = prompts.x.shape[1]
+        N = max(len(tree.nodes) for tree in trees) - 1  # node 0 is the prompt's own last token
+        T = max(tree.width for tree in trees)
+        tokens = self._padded([tree.nodes[1:] for tree in trees], N)  # (P, N)
+        depths = self._padded([tree.depths[1:] for tree in trees], N)
 
-    def _response_logp(self, prompts: Prompts, tokens, lengths) -> torch.Tensor:
-        """Log-probabilities (P, K, T), full softmax, of the responses' tokens (P, K, T); zero past lengths (P, K).
+        # One sequence for each prompt: its own tokens, then the inner nodes of its tree.
+        x = torch.cat((prompts.x, decoder.embed_tokens(tokens)), dim=1)  # (P, L + N, C)
+        last = prompts.positions[:, -1:]
+        positions = torch.cat((prompts.positions, last + depths), dim=1)
+        ancestors = np.zeros((len(trees), N, N), dtype=bool)
+        for p, tree in enumerate(trees):
+            n = len(tree.nodes) - 1
+            ancestors[p, :n, :n] = tree.sees[1:, 1:]
+        ancestors = torch.from_numpy(ancestors).to(self.device)
+        mask = F.pad(prompts.mask, (0, N, 0, N))  # (P, L + N, L + N)
+        mask[:, L:, :L] = prompts.valid[:, None]
+        mask[:, L:, L:] = ancestors
+        hidden = decoder(x, positions, mask).flatten(0, 1)  # (P * (L + N), C)
 
-        What is the same is computed once: a prompt for all its responses, a prefix for all responses that share it.
+        # Node n of prompt p stands at L - 1 + n of its row; it predicts the tokens of its edges.
+        nodes, targets, paths, scored = [], [], [], 0
+        for p, tree in enumerate(trees):
+            row = p * (L + N) + L - 1
+            nodes += [row + node for node, _ in tree.edges]
+            targets += [token for _, token in tree.edges]
+            paths += [[scored + edge for edge in path] for path in tree.paths]
+            scored += len(tree.edges)
+        nodes, targets = torch.tensor([nodes, targets], device=self.device)
+        logp = self.token_logp(hidden[nodes], targets)  # (edges,)
+        logp = F.pad(logp, (0, 1))  # the last place holds the 0 of what is past a response's end
+        return logp[self._padded(paths, T, scored)].unflatten(0, (len(trees), -1))
+
+    def _padded(self, rows: list[list[int]], width: int, value: int = 0) -> torch.Tensor:
+        return torch.tensor(
+            [row + [value] * (width - len(row)) for row in rows], device=self.device
+        )
+
+    def token_logp(self, hidden, tokens, max_logits: int = 2**25):
+        """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict.
+
+        No more than max_logits logits are in memory at once: they are made in parts, and again in
+        the backward pass.
         """
-        row, decoder, K = Row(prompts.valid, tokens, lengths), self.language_model.model, tokens.shape[1]
-        slots = torch.cat((prompts.x, decoder.embed_tokens(tokens[..., :-1].flatten(1))), dim=1)  # (P, S, C)
-        L, see = row.L, visible(prompts.valid, tokens.shape[2] - 1)
-        in_prompt, in_response = (additive(part, self.dtype, self.group) for part in (see[:, :L, :L], see[:, L:]))
 
-        def attend(layer, q, k, v):  # (N, H, D)
-            (q0, q1), (k0, k1), (v0, v1) = map(row.unpack, (q, k, v))
-            k1, v1 = (torch.cat((a.expand(-1, K, -1, -1, -1), b), dim=3) for a, b in ((k0, k1), (v0, v1)))
-            found = attention(q0, k0, v0, in_prompt, self.scale), attention(q1, k1, v1, in_response, self.scale)
-            return row.pack(torch.cat([x.transpose(2, 3).flatten(1, 2) for x in found], dim=1))
-
-        hidden = decoder(row.pack(slots), row.pack(row.positions), attend)  # (N, C)
-        return row.unfold(self.token_logp(hidden[row.parent], tokens.flatten()[row.scored]))
-
-    def token_logp(self, hidden, tokens, held: int = 2**25):
-        """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict, with so many logits held at once."""
-
-        def some(hidden, tokens):
+        def log_probabilities(hidden, tokens):
             return -F.cross_entropy(self.language_model.logits(hidden), tokens, reduction="none")
 
-        rows = held // self.config.text_config.vocab_size
+        rows = max_logits // self.config.text_config.vocab_size
         if len(tokens) <= rows:
-            return some(hidden, tokens)
+            return log_probabilities(hidden, tokens)
         parts = zip(hidden.split(rows), tokens.split(rows))
-        return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
+        logp = [checkpoint(log_probabilities, *part, use_reentrant=False) for part in parts]
+        return torch.cat(logp)
 
     # ---- sampling
 
     @torch.no_grad()
-    def sample(self, prompts: Prompts, noise, eos_id: int, temperature: float = 1.0, top_p: float = 1.0) -> Rollout:
-        """K responses of up to T tokens to each prompt. noise (P, K, T): one uniform number in [0, 1) per token.
+    def sample(
+        self, prompts: Prompts, noise, eos_id: int, temperature: float = 1.0, top_p: float = 1.0
+    ) -> Rollout:
+        """K responses of up to T tokens to each prompt. noise (P, K, T): one uniform number in
+        [0, 1) per token.
 
-        The caller makes the noise, so a response depends on its own numbers and not on who shares its batch.
-        temperature 0 is greedy decoding (logq is then 0).
+        The caller makes the noise, so a response depends on its own numbers and not on who shares
+        its batch. temperature 0 is greedy decoding (logq is then 0).
         """
-        (P, K, T), L, c = noise.shape, prompts.x.shape[1], self.config.text_config
-        decoder, n_prompt = self.language_model.model, prompts.valid.sum(1)
-        # Keys and values of all layers. A prompt's are computed once and copied to each of its responses. Zeros, since
-        # what nobody sees yet is multiplied by 0.
-        shape = c.num_hidden_layers, 2, P, K, c.num_key_value_heads, L + T, decoder.layers[0].self_attn.head_dim
-        cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        in_prompt = additive(visible(prompts.valid), self.dtype, self.group)
-        seen = additive(F.pad(prompts.valid, (0, T))[:, None], self.dtype)  # (P, 1, 1, L + T)
-
-        def prefill(layer, q, k, v):  # (P, L, H, D)
-            q, k, v = (y[:, None].transpose(2, 3) for y in (q, k, v))
-            cache[layer, 0, ..., :L, :], cache[layer, 1, ..., :L, :] = k, v
-            return attention(q, k, v, in_prompt, self.scale)[:, 0].transpose(1, 2)
-
-        def decode(layer, q, k, v):  # (P, K, H, D)
-            for y, kept in ((k, cache[layer, 0]), (v, cache[layer, 1])):
-                kept.index_copy_(3, L + t - 1, y[..., None, :])
-            k, v = cache[layer, :, ..., :end, :]
-            return attention(q[..., None, :], k, v, seen[..., :end], self.scale)[..., 0, :]
-
-        tokens, lengths = (torch.zeros(n, dtype=torch.int64, device=self.device) for n in ((P, K, T), (P, K)))
-        logq, logp = torch.zeros(2, P, K, T, device=self.device)
-        done = torch.zeros(P, K, dtype=torch.bool, device=self.device)
-        t = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many tokens there are
-
-        def emit(hidden):  # (P, K, C)
-            u = noise.index_select(2, t)[..., 0]
-            drawn = draw(self.language_model.logits(hidden), u, temperature, top_p)
-            for kept, new in zip((tokens, logq, logp), drawn):
-                kept.index_copy_(2, t, new[..., None])
-            lengths.add_(~done)
-            done.logical_or_(drawn[0] == eos_id)
-            t.add_(1)
-
-        def advance():
-            """The next token of every response. Nothing here waits for the device: a CUDA graph can hold it."""
-            seen.index_fill_(3, L + t - 1, 0)
-            x = decoder.embed_tokens(tokens.index_select(2, t - 1)[..., 0])
-            emit(decoder(x, (n_prompt[:, None] + t - 1).expand(P, K), decode))
-
+        T = noise.shape[2]
+        on_gpu = self.device.type == "cuda"
+        graph = None
         with lora_rounded(self):
-            hidden = decoder(prompts.x, prompt_positions(prompts.valid), prefill)
-            emit(hidden[torch.arange(P), last_position(prompts.valid)][:, None].expand(-1, K, -1))
-            on_gpu = self.device.type == "cuda"
-            as_graph = on_gpu and self.cuda_graph
+            state = Sampling(self, prompts, noise, eos_id, temperature, top_p)
             for n in range(1, T):
-                if (n % 8 == 0 or not on_gpu) and done.all():  # a GPU waits to be asked: tokens too many cost less
+                # The CPU looks for the end after every token; a GPU would have to be waited for,
+                # and a few tokens too many cost less.
+                if (n % 8 == 0 or not on_gpu) and state.ended.all():
                     break
-                end = L + T if as_graph else L + n  # shapes in a graph never change
-                if n == 2 and as_graph:  # once everything it needs has been loaded
+                if graph is not None:
+                    graph.replay()
+                elif on_gpu and self.cuda_graph:
+                    state.next_token(state.room)  # shapes in a graph never change
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):
-                        advance()
-                    advance = graph.replay
-                advance()
-        return Rollout(tokens, lengths, logq, logp)
+                    with torch.cuda.graph(graph):  # records and does not run: the next token's step
+                        state.next_token(state.room)
+                else:
+                    state.next_token(state.L + n)
+        return state.rollout
 
     # ---- files
 
@@ -734,18 +823,21 @@ class SpeechLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None) -> "SpeechLM":
         """Load what save() wrote. Tensors go to the device one by one, in dtype (None: as stored).
 
-        Raises ValueError where tensors are unknown, missing or of another shape than config.json says.
+        Raises ValueError where tensors are unknown, missing or of another shape than config.json
+        says. IBM's checkpoints are loaded by released.load_model.
         """
         folder = Path(folder)
         model = cls.without_weights(folder / "config.json")
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(read_tensors([folder / "model.safetensors"], shapes, device, dtype), assign=True)
+        tensors = read_tensors([folder / "model.safetensors"], shapes, device, dtype)
+        model.load_state_dict(tensors, assign=True)
         return model
 
     @classmethod
@@ -756,20 +848,74 @@ class SpeechLM(nn.Module):
             with torch.device("meta"):
                 return cls(SpeechConfig.from_dict(config))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is of no model that this code knows: {error!r}") from None
+            problem = f"is of no model that this code knows: {error!r}"
+            raise ValueError(f"{file} {problem}") from None
+
+
+class Sampling:
+    """K responses to each of P prompts while they are sampled, as B = P * K sequences.
+
+    All tensors keep their shape and place from token to token, and nothing here waits for the
+    device: so a CUDA graph can hold a step.
+    """
+
+    def __init__(self, model: SpeechLM, prompts: Prompts, noise, eos_id, temperature, top_p):
+        P, K, T = noise.shape
+        L = prompts.x.shape[1]
+        device = model.device
+        self.model, self.noise, self.eos_id = model, noise, eos_id
+        self.temperature, self.top_p = temperature, top_p
+        self.L, self.room = L, L + T
+        integers = {"dtype": torch.int64, "device": device}
+        self.rollout = Rollout(
+            tokens=torch.zeros(P, K, T, **integers),
+            lengths=torch.zeros(P, K, **integers),
+            logq=torch.zeros(P, K, T, device=device),
+            logp=torch.zeros(P, K, T, device=device),
+        )
+        self.ended = torch.zeros(P, K, dtype=torch.bool, device=device)
+        self.t = torch.zeros(1, **integers)  # how many tokens each response has
+
+        # The prompts, once each; their last hidden states give the first token of K responses.
+        text = model.config.text_config
+        prompt_cache = KVCache(text, P, L, device, model.dtype)
+        decoder = model.language_model.model
+        hidden = decoder(prompts.x, prompts.positions, prompts.mask, prompt_cache)
+        self.cache = KVCache(text, P * K, self.room, device, model.dtype)
+        self.cache.copy_prompts(prompt_cache, K)
+        self.last_position = prompts.positions[:, -1:].repeat_interleave(K, dim=0)  # (B, 1)
+        seen = F.pad(prompts.valid, (0, T))  # (P, L + T): the prompt, and no token yet
+        self.seen = seen.repeat_interleave(K, dim=0)[:, None]  # (B, 1, L + T)
+        self.append(hidden[:, -1:].expand(-1, K, -1))
+
+    def append(self, hidden):
+        """Draw the token that follows hidden states (P, K, C), and note what there is to note."""
+        u = self.noise.index_select(2, self.t)[..., 0]  # (P, K)
+        logits = self.model.language_model.logits(hidden)
+        token, logq, logp = draw_token(logits, u, self.temperature, self.top_p)
+        self.rollout.tokens.index_copy_(2, self.t, token[..., None])
+        self.rollout.logq.index_copy_(2, self.t, logq[..., None])
+        self.rollout.logp.index_copy_(2, self.t, logp[..., None])
+        self.rollout.lengths.add_(~self.ended)
+        self.ended.logical_or_(token == self.eos_id)
+        self.t.add_(1)
+
+    def next_token(self, end: int):
+        """One more token for every response; end: how many positions of the cache to look at."""
+        decoder = self.model.language_model.model
+        slot = self.L + self.t - 1  # (1,), where the newest token goes
+        newest = self.rollout.tokens.index_select(2, self.t - 1).view(-1, 1)  # (B, 1)
+        self.seen.index_fill_(2, slot, True)
+        self.cache.slots = slot
+        self.cache.end = end
+        x = decoder.embed_tokens(newest)  # (B, 1, C)
+        positions = self.last_position + self.t
+        hidden = decoder(x, positions, self.seen[..., :end], self.cache)
+        self.append(hidden.view(*self.ended.shape, -1))
 
 
 def pad(tensors: list[torch.Tensor], device):
     """Ragged (n, ...) tensors -> (B, n_max, ...) with zeros, lengths (B,)."""
-    lengths = torch.tensor([len(t) for t in tensors], device=device)
-    return torch.nn.utils.rnn.pad_sequence([t.to(device) for t in tensors], batch_first=True), lengths
-
-
-def prompt_positions(valid):
-    """Positions that count real tokens only: (P, L) bool -> (P, L) int."""
-    return (valid.cumsum(1) - 1).clamp(min=0)
-
-
-def last_position(valid):
-    """Index of each prompt's last real token: (P, L) bool -> (P,)."""
-    return valid.shape[1] - 1 - valid.flip(1).int().argmax(1)
+    lengths = torch.tensor([len(tensor) for tensor in tensors], device=device)
+    padded = [tensor.to(device) for tensor in tensors]
+    return nn.utils.rnn.pad_sequence(padded, batch_first=True), lengths

@@ -55,7 +55,14 @@ import leaf
 from corpora import synthetic
 from experiments.footprint import SHAPES
 from experiments.keep import RESULTS, processor
-from lora import apply_lora, load_adapter, lora_disabled, lora_parameters, released_name, save_adapter
+from lora import (
+    apply_lora,
+    load_adapter,
+    lora_disabled,
+    lora_parameters,
+    released_name,
+    save_adapter,
+)
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig
 
 PARTS = ("hearing", "sampling", "old log-probs", "reference", "update")
@@ -83,15 +90,26 @@ WORKLOADS = {
 # The audio token is outside the vocabulary, or random weights would now and then say it.
 CONFIGS = {
     "small": SpeechConfig(
-        EncoderConfig(num_layers=4, hidden_dim=140, num_heads=4, dim_head=35, context_size=50, max_pos_emb=50),
+        EncoderConfig(
+            num_layers=4, hidden_dim=140, num_heads=4, dim_head=35, context_size=50, max_pos_emb=50
+        ),
         ProjectorConfig(140, 1, 4, 560, 140),
-        TextConfig(1024, 256, 512, 6, 8, 4, embedding_multiplier=12.0, attention_multiplier=32**-0.5,
-                   residual_multiplier=0.5),
+        TextConfig(
+            1024,
+            256,
+            512,
+            6,
+            8,
+            4,
+            embedding_multiplier=12.0,
+            attention_multiplier=32**-0.5,
+            residual_multiplier=0.5,
+        ),
         audio_token_index=1024,
     ),
     "compact": SpeechConfig.compact(vocab_size=800, ctc_size=25, audio_token_index=800),
     "2b": replace(SHAPES["granite-speech-3.3-2b"], audio_token_index=49160),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -108,13 +126,17 @@ class Case:
 
     @property
     def mask(self):
-        return torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
+        return (
+            torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
+        )
 
     @classmethod
     def load(cls, folder: Path, device: str) -> "Case":
         saved = torch.load(folder / "case.pt")
         saved["mels"] = [mel.to(device) for mel in saved["mels"]]
-        return cls(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
+        return cls(
+            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()}
+        )
 
 
 def prepare(shape: str, work: Workload, folder: Path, base: Path | None, device: str, dtype) -> int:
@@ -124,14 +146,21 @@ def prepare(shape: str, work: Workload, folder: Path, base: Path | None, device:
         tokenizer = data.load_tokenizer(base)
         split = data.Split("train", synthetic.rows("qa", {"train": work.prompts}, 0)["train"], 1.0)
         mels = split.mels(list(range(work.prompts)))
-        prompts, eos = [tokenizer.encode_prompt(row["prompt"]) for row in split.rows], tokenizer.eos_id
+        prompts, eos = (
+            [tokenizer.encode_prompt(row["prompt"]) for row in split.rows],
+            tokenizer.eos_id,
+        )
     else:
         torch.set_default_dtype(dtype)
         model = SpeechLM(CONFIGS[shape]).init_weights(0)
         torch.set_default_dtype(torch.float32)
         random = torch.Generator().manual_seed(0)
-        mels = [torch.randn(int(50 * work.audio), 160, generator=random) for _ in range(work.prompts)]
-        text = torch.randint(CONFIGS[shape].text_config.vocab_size, (work.prompts, work.text), generator=random)
+        mels = [
+            torch.randn(int(50 * work.audio), 160, generator=random) for _ in range(work.prompts)
+        ]
+        text = torch.randint(
+            CONFIGS[shape].text_config.vocab_size, (work.prompts, work.text), generator=random
+        )
         half, audio, eos = work.text // 2, CONFIGS[shape].audio_token_index, -1
         prompts = [[*row[:half], audio, *row[half:]] for row in text.tolist()]
     model.eval().save(folder)
@@ -148,8 +177,18 @@ def prepare(shape: str, work: Workload, folder: Path, base: Path | None, device:
         rollout = model.sample(heard, noise, eos, 1.0, 0.9)
     T = int(rollout.lengths.max())
     tokens, logp = rollout.tokens[..., :T].cpu(), rollout.logp[..., :T].cpu()
-    case = Case(mels, prompts, tokens, rollout.lengths.cpu(), logp, torch.randn(tokens.shape), work.update_prompts)
-    torch.save({field.name: getattr(case, field.name) for field in fields(Case)}, folder / "case.pt")
+    case = Case(
+        mels,
+        prompts,
+        tokens,
+        rollout.lengths.cpu(),
+        logp,
+        torch.randn(tokens.shape),
+        work.update_prompts,
+    )
+    torch.save(
+        {field.name: getattr(case, field.name) for field in fields(Case)}, folder / "case.pt"
+    )
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
@@ -162,12 +201,16 @@ class Side:
 
     def start(self, case: Case, adapters: dict[str, nn.Parameter]):
         self.case, self.adapters = case, adapters
-        self.adam = torch.optim.AdamW(adapters.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(
+            adapters.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
         (self.P, self.K, self.T), self.device = case.tokens.shape, case.tokens.device
 
     def loss(self, logp, old, ref, at):
         """Of log-probabilities (..., T) of the responses that at selects."""
-        given = (x[at].reshape(-1, self.T) for x in (old, ref, self.case.advantages, self.case.mask))
+        given = (
+            x[at].reshape(-1, self.T) for x in (old, ref, self.case.advantages, self.case.mask)
+        )
         return leaf.policy_loss(logp.reshape(-1, self.T), *given, clip=0.2, kl_coef=0.02)[0]
 
     def backward(self, old, ref, prompts):
@@ -222,7 +265,9 @@ class Ours(Side):
         return self.model.sample(self.prompts, noise, -1, 0.0 if greedy else 1.0, 0.9).tokens
 
     def logp(self, prompts):
-        return self.model.response_logp(self.prompts[prompts], self.case.tokens[prompts], self.case.lengths[prompts])
+        return self.model.response_logp(
+            self.prompts[prompts], self.case.tokens[prompts], self.case.lengths[prompts]
+        )
 
     def policy(self):
         return self.case.logp  # the sampler's
@@ -235,13 +280,21 @@ class Ours(Side):
 
 def load_transformers(folder: Path, device: str, dtype):
     """The base model in transformers' class, in eval mode."""
-    if device == "cpu":  # its kernels take masks and groups of queries at once, which transformers does not count on
+    if (
+        device == "cpu"
+    ):  # its kernels take masks and groups of queries at once, which transformers does not count on
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     config = json.loads((folder / "config.json").read_text())
     config["projector_config"] |= {"model_type": "blip_2_qformer", "vocab_size": 1}
     text = {k: v for k, v in config["text_config"].items() if v is not None}  # head_dim
-    text |= {"model_type": "granite", "pad_token_id": 0, "tie_word_embeddings": config["tie_word_embeddings"]}
-    config = transformers.GraniteSpeechConfig(**config | {"text_config": text}, has_lora_adapter=False)
+    text |= {
+        "model_type": "granite",
+        "pad_token_id": 0,
+        "tie_word_embeddings": config["tie_word_embeddings"],
+    }
+    config = transformers.GraniteSpeechConfig(
+        **config | {"text_config": text}, has_lora_adapter=False
+    )
     kind = transformers.GraniteSpeechForConditionalGeneration
     model = kind.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None
@@ -251,9 +304,16 @@ def load_transformers(folder: Path, device: str, dtype):
 class Peer(Side):
     def __init__(self, folder: Path, device: str, dtype):
         self.base = load_transformers(folder, device, dtype)
-        self.model = peft.PeftModel.from_pretrained(self.base, folder / "adapter", is_trainable=True).eval()
-        named = {released_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.start(Case.load(folder, device), {k.replace(".default.weight", ""): p for k, p in named.items()})
+        self.model = peft.PeftModel.from_pretrained(
+            self.base, folder / "adapter", is_trainable=True
+        ).eval()
+        named = {
+            released_name(name): p for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        self.start(
+            Case.load(folder, device),
+            {k.replace(".default.weight", ""): p for k, p in named.items()},
+        )
 
 
 class Official(Peer):
@@ -263,21 +323,35 @@ class Official(Peer):
         c, audio = self.base.config, self.base.config.audio_token_index
         self.ids = []  # with the audio token once for each of its embeddings
         for ids, mel in zip(self.case.prompts, self.case.mels):
-            at, count = ids.index(audio), -(-len(mel) // c.window_size) * (c.window_size // c.downsample_rate)
-            self.ids.append(torch.tensor([*ids[:at], *[audio] * count, *ids[at + 1 :]], device=self.device))
+            at, count = (
+                ids.index(audio),
+                -(-len(mel) // c.window_size) * (c.window_size // c.downsample_rate),
+            )
+            self.ids.append(
+                torch.tensor([*ids[:at], *[audio] * count, *ids[at + 1 :]], device=self.device)
+            )
 
     def hear(self):
         pass  # in every forward pass that begins a sequence
 
     def sample(self, greedy=False):
-        how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
+        how = (
+            {"do_sample": False}
+            if greedy
+            else {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
+        )
         sampled = []
         for ids, mel in zip(self.ids, self.case.mels):
             ids, mel = ids.repeat(self.K, 1), mel.repeat(self.K, 1, 1)
             out = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), input_features=mel, max_new_tokens=self.T,
-                return_dict_in_generate=True, output_scores=True, **how,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                input_features=mel,
+                max_new_tokens=self.T,
+                return_dict_in_generate=True,
+                output_scores=True,
+                **how,
+            )
             tokens = out.sequences[:, ids.shape[1] :]
             torch.stack(out.scores, 1).log_softmax(-1).gather(-1, tokens[..., None])  # surprisal
             sampled.append(tokens)
@@ -288,7 +362,10 @@ class Official(Peer):
         T = int(self.case.lengths[p, k].max())
         tokens, seen = self.case.tokens[p, k, :T], self.case.mask[p, k, :T]
         prompt = self.ids[p].expand(len(tokens), -1)
-        ids, attended = torch.cat((prompt, tokens), 1), torch.cat((torch.ones_like(prompt), seen), 1)
+        ids, attended = (
+            torch.cat((prompt, tokens), 1),
+            torch.cat((torch.ones_like(prompt), seen), 1),
+        )
         features = self.case.mels[p].repeat(len(tokens), 1, 1)
         logits = model(input_ids=ids, attention_mask=attended, input_features=features).logits
         logp = logits[:, :-1].log_softmax(-1)[:, -T:].gather(-1, tokens[..., None])[..., 0]
@@ -315,16 +392,27 @@ class Tuned(Peer):
     def hear(self):
         mels, embed = self.case.mels, self.base.get_input_embeddings()
         if len({len(mel) for mel in mels}) == 1:
-            sounds = self.base.get_audio_features(torch.stack(mels).to(self.base.dtype)).pooler_output
+            sounds = self.base.get_audio_features(
+                torch.stack(mels).to(self.base.dtype)
+            ).pooler_output
         else:  # transformers' encoder would hear the padding of a batch
-            sounds = [self.base.get_audio_features(mel[None].to(self.base.dtype)).pooler_output[0] for mel in mels]
+            sounds = [
+                self.base.get_audio_features(mel[None].to(self.base.dtype)).pooler_output[0]
+                for mel in mels
+            ]
         rows = []
         for ids, sound in zip(self.case.prompts, sounds):
-            at, ids = ids.index(self.base.config.audio_token_index), torch.tensor(ids, device=self.device)
+            at, ids = (
+                ids.index(self.base.config.audio_token_index),
+                torch.tensor(ids, device=self.device),
+            )
             rows.append(torch.cat((embed(ids[:at]), sound, embed(ids[at + 1 :]))))
         self.x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        self.valid = torch.arange(self.x.shape[1], device=self.device) >= (self.x.shape[1] - lengths)[:, None]
+        self.valid = (
+            torch.arange(self.x.shape[1], device=self.device)
+            >= (self.x.shape[1] - lengths)[:, None]
+        )
 
     def prefill(self, prompts):
         """Last logits and cache of prompts, each repeated K times; attention mask and positions up to T tokens on."""
@@ -335,10 +423,13 @@ class Tuned(Peer):
             positions = (seen.cumsum(1) - 1).clamp(min=0)
         L = valid.shape[1]
         logits = self.model(
-            inputs_embeds=self.x[prompts], attention_mask=None if seen is None else seen[:, :L],
-            position_ids=None if seen is None else positions[:, :L], past_key_values=cache, use_cache=True,
+            inputs_embeds=self.x[prompts],
+            attention_mask=None if seen is None else seen[:, :L],
+            position_ids=None if seen is None else positions[:, :L],
+            past_key_values=cache,
+            use_cache=True,
             logits_to_keep=1,
-        ).logits  # fmt: skip
+        ).logits
         cache.batch_repeat_interleave(self.K)
         if seen is not None:
             seen, positions = (x.repeat_interleave(self.K, 0) for x in (seen, positions))
@@ -349,10 +440,13 @@ class Tuned(Peer):
         start = cache.get_seq_length()
         end = start + tokens.shape[1]
         return self.model(
-            inputs_embeds=self.base.get_input_embeddings()(tokens), past_key_values=cache, use_cache=True,
+            inputs_embeds=self.base.get_input_embeddings()(tokens),
+            past_key_values=cache,
+            use_cache=True,
             attention_mask=None if seen is None else seen[:, :end],
-            position_ids=None if seen is None else positions[:, start:end], logits_to_keep=keep,
-        ).logits  # fmt: skip
+            position_ids=None if seen is None else positions[:, start:end],
+            logits_to_keep=keep,
+        ).logits
 
     @torch.no_grad()
     def sample(self, greedy=False):
@@ -368,7 +462,9 @@ class Tuned(Peer):
                 continue
             mass = q.cumsum(-1)
             total = mass.masked_fill(mass - q >= 0.9, 0).amax(-1, keepdim=True)
-            rank = torch.searchsorted(mass, torch.rand_like(total) * total, right=True)  # multinomial is slower
+            rank = torch.searchsorted(
+                mass, torch.rand_like(total) * total, right=True
+            )  # multinomial is slower
             tokens.append(order.gather(-1, rank))
             logq.append((q.gather(-1, rank) / total).log())  # LEAF needs surprisal
         self.model.unmerge_adapter()
@@ -405,7 +501,11 @@ def prove(sides: dict[str, Side], exact: bool) -> dict:
     first, ours, proof = sides["ours"].updates()[0], {}, {}
     for name, side in tqdm(sides.items(), desc="proof", leave=False):
         side.hear()
-        tokens, old, ref = side.sample(greedy=True)[:, 0], side.policy().float(), side.reference().float()
+        tokens, old, ref = (
+            side.sample(greedy=True)[:, 0],
+            side.policy().float(),
+            side.reference().float(),
+        )
         side.backward(side.case.logp, ours.get("ref", ref), first)
         gradient = torch.cat([side.adapters[key].grad.flatten() for key in sides["ours"].adapters])
         side.adam.zero_grad(set_to_none=True)
@@ -417,12 +517,16 @@ def prove(sides: dict[str, Side], exact: bool) -> dict:
             "greedy tokens that differ": (tokens != ours["tokens"]).float().mean().item(),
             "log-probs": (old - ours["old"])[mask].abs().max().item(),
             "reference log-probs": (ref - ours["ref"])[mask].abs().max().item(),
-            "gradient, relative": ((gradient - ours["gradient"]).norm() / ours["gradient"].norm()).item(),
+            "gradient, relative": (
+                (gradient - ours["gradient"]).norm() / ours["gradient"].norm()
+            ).item(),
         }
         print(f"{name} against ours: " + ", ".join(f"{what} {x:.1e}" for what, x in found.items()))
         for what, x in found.items():
             if exact and not x < 1e-4:
-                raise SystemExit(f"{name} does not compute what ours does: {what} differ by {x:.1e}")
+                raise SystemExit(
+                    f"{name} does not compute what ours does: {what} differ by {x:.1e}"
+                )
     return proof
 
 
@@ -453,9 +557,15 @@ def rates(ours: Ours, seconds: dict[str, float], dtype) -> dict:
     """How near our update is to the rate of a matrix product here, and our sampler to that of copying memory."""
     device, text = ours.device.type, ours.model.language_model
     n = 8192 if device == "cuda" else 1024
-    a, big = torch.randn(n, n, device=device, dtype=dtype), torch.ones(2**28, dtype=torch.uint8, device=device)
+    a, big = (
+        torch.randn(n, n, device=device, dtype=dtype),
+        torch.ones(2**28, dtype=torch.uint8, device=device),
+    )
     copy = torch.empty_like(big)
-    flop_rate, bandwidth = 2 * n**3 / clocked(lambda: a @ a, device), 2**29 / clocked(lambda: copy.copy_(big), device)
+    flop_rate, bandwidth = (
+        2 * n**3 / clocked(lambda: a @ a, device),
+        2**29 / clocked(lambda: copy.copy_(big), device),
+    )
     # In plain operations, for the counter knows no formula for the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for prompts in ours.updates():
@@ -463,17 +573,32 @@ def rates(ours: Ours, seconds: dict[str, float], dtype) -> dict:
     ours.adam.zero_grad(set_to_none=True)
     c, attention = text.model.config, text.model.layers[0].self_attn
     slots = ours.P * (ours.prompts.x.shape[1] + ours.K * ours.T)
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * attention.head_dim * dtype.itemsize * slots
+    cache = (
+        2
+        * c.num_hidden_layers
+        * c.num_key_value_heads
+        * attention.head_dim
+        * dtype.itemsize
+        * slots
+    )
     read = sum(p.nbytes for p in text.parameters()) + cache / 2
     per_token = seconds["sampling"] / ours.T
     flops = counter.get_total_flops()
     use, share = flops / seconds["update"] / flop_rate, read / bandwidth / per_token
-    print(f"our update: {flops / 1e9:.1f} GFLOP at {100 * use:.0f}% of the {flop_rate / 1e9:.0f} GFLOP/s of a product")
-    print(f"our sampler: {read / 1e6:.1f} MB a token in {1e3 * per_token:.2f} ms, {100 * share:.0f}% of the "
-          f"{bandwidth / 1e9:.1f} GB/s of a copy")  # fmt: skip
+    print(
+        f"our update: {flops / 1e9:.1f} GFLOP at {100 * use:.0f}% of the {flop_rate / 1e9:.0f} GFLOP/s of a product"
+    )
+    print(
+        f"our sampler: {read / 1e6:.1f} MB a token in {1e3 * per_token:.2f} ms, {100 * share:.0f}% of the "
+        f"{bandwidth / 1e9:.1f} GB/s of a copy"
+    )
     update = {"flops": flops, "matmul_flops_per_second": flop_rate, "utilisation": use}
-    decode = {"bytes_per_token": read, "seconds_per_token": per_token, "copy_bytes_per_second": bandwidth,
-              "utilisation": share}  # fmt: skip
+    decode = {
+        "bytes_per_token": read,
+        "seconds_per_token": per_token,
+        "copy_bytes_per_second": bandwidth,
+        "utilisation": share,
+    }
     return {"update": update, "decode": decode}
 
 
@@ -501,14 +626,19 @@ def alone(name: str, folder: Path, device: str, dtype, steps: int):
         before = resident("VmRSS")
         side.step()
         peak = resident("VmHWM")
-    memory = {"weights_gb": sum(x.nbytes for x in tensors) / 1e9, "memory_gb": (peak - before) / 1e9}
+    memory = {
+        "weights_gb": sum(x.nbytes for x in tensors) / 1e9,
+        "memory_gb": (peak - before) / 1e9,
+    }
     print(json.dumps({**memory, "seconds": [sum(side.step().values()) for _ in range(steps)]}))
 
 
 def in_a_process(name: str, folder, args, steps: int = 0) -> dict:
     command = [sys.executable, "-m", "experiments.bench", "--alone", name, str(folder), str(steps)]
     command += ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
+    )
 
 
 def bench(shape: str, args) -> dict:
@@ -519,7 +649,9 @@ def bench(shape: str, args) -> dict:
         parameters = prepare(shape, work, folder, args.base, args.device, dtype)
         sides = {name: kind(folder, args.device, dtype) for name, kind in SIDES.items()}
         tokens = int(sides["ours"].case.lengths.sum())
-        print(f"\n{shape}: {parameters:,} parameters, {tokens} tokens scored, {args.dtype} on {args.device}")
+        print(
+            f"\n{shape}: {parameters:,} parameters, {tokens} tokens scored, {args.dtype} on {args.device}"
+        )
         proof = prove(sides, dtype == torch.float32)
         repeats = {name: [] for name in sides}
         for repeat in tqdm(range(args.repeats + 1), desc="steps", leave=False):
@@ -530,25 +662,42 @@ def bench(shape: str, args) -> dict:
         for steps in repeats.values():
             for took in steps:
                 took["step, old log-probs kept"] = took["step"] - took["old log-probs"]
-        seconds = {name: {part: median(t[part] for t in steps) for part in steps[0]} for name, steps in repeats.items()}
+        seconds = {
+            name: {part: median(t[part] for t in steps) for part in steps[0]}
+            for name, steps in repeats.items()
+        }
         found = rates(sides["ours"], seconds["ours"], dtype)
         unfolded = found["without folding"] = without_folding(sides["ours"], args.repeats)
-        print("our time without folding prefixes, to that with: "
-              + ", ".join(f"{part} {x / seconds['ours'][part]:.2f}" for part, x in unfolded.items()))  # fmt: skip
+        print(
+            "our time without folding prefixes, to that with: "
+            + ", ".join(f"{part} {x / seconds['ours'][part]:.2f}" for part, x in unfolded.items())
+        )
         del sides, side
         names = tqdm(SIDES, desc="memory", leave=False)
         memory = {name: in_a_process(name, folder, args) for name in names}
-    figures = {name: seconds[name] | {k: memory[name][k] for k in ("weights_gb", "memory_gb")} for name in SIDES}
+    figures = {
+        name: seconds[name] | {k: memory[name][k] for k in ("weights_gb", "memory_gb")}
+        for name in SIDES
+    }
     ratios = {}
     for peer in ("official", "tuned"):
-        shared = {k: x for k, x in figures["ours"].items() if k != "old log-probs"}  # ours has them already
+        shared = {
+            k: x for k, x in figures["ours"].items() if k != "old log-probs"
+        }  # ours has them already
         ratios[f"{peer}/ours"] = {k: figures[peer][k] / x for k, x in shared.items()}
     show(figures, ratios, tokens)
     return {
-        "workload": asdict(work), "parameters": parameters, "tokens": tokens, "proof": proof, "medians": figures,
-        "ratios": ratios, "tokens_per_second": {name: tokens / figures[name]["step"] for name in SIDES}, "ours": found,
-        "repeats": repeats, "machine": machine(),
-    }  # fmt: skip
+        "workload": asdict(work),
+        "parameters": parameters,
+        "tokens": tokens,
+        "proof": proof,
+        "medians": figures,
+        "ratios": ratios,
+        "tokens_per_second": {name: tokens / figures[name]["step"] for name in SIDES},
+        "ours": found,
+        "repeats": repeats,
+        "machine": machine(),
+    }
 
 
 def show(figures: dict, ratios: dict, tokens: int):
@@ -560,7 +709,11 @@ def show(figures: dict, ratios: dict, tokens: int):
 
     heads = {"weights_gb": "weights, MB", "memory_gb": "memory of a step, MB"}
     for key in figures["ours"]:
-        row(heads.get(key, f"{key}, ms"), [f"{1e3 * side[key]:.1f}" for side in figures.values()], key)
+        row(
+            heads.get(key, f"{key}, ms"),
+            [f"{1e3 * side[key]:.1f}" for side in figures.values()],
+            key,
+        )
     row("tokens/s", [f"{tokens / side['step']:.0f}" for side in figures.values()])
 
 
@@ -587,7 +740,9 @@ def scale(args):
     path, base = RESULTS / "scaling.json", replace(WORKLOADS["small"], prompts=2)
     result = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "points": {}}
     points = result["points"]
-    for axis, value in tqdm([(axis, value) for axis, values in AXES.items() for value in values], desc="scaling"):
+    for axis, value in tqdm(
+        [(axis, value) for axis, values in AXES.items() for value in values], desc="scaling"
+    ):
         work = replace(base, **{axis: value})
         point = points.setdefault(str(work), {})
         if len(point) < 2:
@@ -596,12 +751,21 @@ def scale(args):
                 for name in ("ours", "tuned"):
                     point[name] = in_a_process(name, folder, args, steps=5)
             path.write_text(json.dumps(result, indent=2) + "\n")
-    curves = {axis: [points[str(replace(base, **{axis: value}))] for value in AXES[axis]] for axis in AXES}
-    print("| | | ours, s | tuned, s | tuned/ours | ours, GB | tuned, GB | tuned/ours |\n" + "|---" * 8 + "|")
+    curves = {
+        axis: [points[str(replace(base, **{axis: value}))] for value in AXES[axis]] for axis in AXES
+    }
+    print(
+        "| | | ours, s | tuned, s | tuned/ours | ours, GB | tuned, GB | tuned/ours |\n"
+        + "|---" * 8
+        + "|"
+    )
     for axis, curve in curves.items():
         for value, point in zip(AXES[axis], curve):
             cells = [axis, str(value)]
-            for digits, measure in ((3, lambda x: median(x["seconds"])), (4, lambda x: x["memory_gb"])):
+            for digits, measure in (
+                (3, lambda x: median(x["seconds"])),
+                (4, lambda x: x["memory_gb"]),
+            ):
                 ours, tuned = measure(point["ours"]), measure(point["tuned"])
                 cells += [f"{ours:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned / ours:.2f}"]
             print("| " + " | ".join(cells) + " |")
@@ -611,15 +775,21 @@ def scale(args):
 def plot(curves: dict):
     import matplotlib.pyplot as plt  # nothing else needs it
 
-    figure, rows = plt.subplots(2, len(AXES), figsize=(3 * len(AXES), 5), sharex="col", sharey="row", squeeze=False)
+    figure, rows = plt.subplots(
+        2, len(AXES), figsize=(3 * len(AXES), 5), sharex="col", sharey="row", squeeze=False
+    )
     for column, (axis, curve) in enumerate(curves.items()):
         for name, style in (("ours", "o-"), ("tuned", "s--")):
             label = {"ours": "this repository", "tuned": "transformers + PEFT, tuned"}[name]
-            rows[0, column].loglog(AXES[axis], [median(p[name]["seconds"]) for p in curve], style, label=label)
+            rows[0, column].loglog(
+                AXES[axis], [median(p[name]["seconds"]) for p in curve], style, label=label
+            )
             rows[1, column].loglog(AXES[axis], [p[name]["memory_gb"] for p in curve], style)
         rows[1, column].set_xticks(AXES[axis], map(str, AXES[axis]))
         rows[1, column].minorticks_off()
-        rows[1, column].set_xlabel({"audio": "seconds of audio", "tokens": "tokens per response"}.get(axis, axis))
+        rows[1, column].set_xlabel(
+            {"audio": "seconds of audio", "tokens": "tokens per response"}.get(axis, axis)
+        )
     rows[0, 0].set_ylabel("seconds per step")
     rows[1, 0].set_ylabel("GB added by a step")
     rows[0, 0].legend(fontsize=8)
@@ -631,15 +801,23 @@ def plot(curves: dict):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=["small", "compact"])
-    parser.add_argument("--base", type=Path, help="for --shape default: a base model that train.py made")
+    parser.add_argument(
+        "--base", type=Path, help="for --shape default: a base model that train.py made"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--scaling", action="store_true", help="instead: time and memory as one size grows")
-    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)  # what a process of its own is told
+    parser.add_argument(
+        "--scaling", action="store_true", help="instead: time and memory as one size grows"
+    )
+    parser.add_argument(
+        "--alone", nargs=3, help=argparse.SUPPRESS
+    )  # what a process of its own is told
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's way into transformers
@@ -657,7 +835,9 @@ def main():
     if "2b" in args.shape and args.device != "cuda":
         raise SystemExit("--shape 2b needs a GPU")
     if "default" in args.shape and not args.base:
-        raise SystemExit("--shape default needs --base, the folder of a base model that train.py made")
+        raise SystemExit(
+            "--shape default needs --base, the folder of a base model that train.py made"
+        )
     path = RESULTS / "bench.json"
     for shape in args.shape:
         found = bench(shape, args)

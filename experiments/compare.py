@@ -44,10 +44,18 @@ from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, PLAIN, VARIA
 TASKS = ("qa", "translation", "asterisk")
 BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
-RATES = {"qa": GRID, "translation": GRID, "asterisk": (5e-4, *GRID)}  # longer where 1e-3, its end, was the best of some
+RATES = {
+    "qa": GRID,
+    "translation": GRID,
+    "asterisk": (5e-4, *GRID),
+}  # longer where 1e-3, its end, was the best of some
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
 # Bases get more steps where the default's do not suffice, or only with luck, to hear well.
-OWN = {"qa": {}, "translation": {"ctc_steps": 240}, "asterisk": {"ctc_steps": 1000, "sft_steps": 1000}}
+OWN = {
+    "qa": {},
+    "translation": {"ctc_steps": 240},
+    "asterisk": {"ctc_steps": 1000, "sft_steps": 1000},
+}
 KS = (4, 16)  # beside the default's 8
 OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in KS for name in ("LEAF", BASELINE)}
 COMPARED = MAIN | VARIANT
@@ -63,7 +71,15 @@ PHASES, PLACES = 5, 4  # of training, and of a response's length, in which forka
 def config(args, task: str, base: int, **overrides) -> train.Config:
     """Train.py's configuration of a run; the default corpus is the synthetic one."""
     own = OWN[task] | ({"data": str(args.corpus)} if task == "asterisk" else {"task": task})
-    return train.Config(**{**RUN, **own, "base": f"{args.out}/base-{task}-seed{base}", "base_seed": base, **overrides})
+    return train.Config(
+        **{
+            **RUN,
+            **own,
+            "base": f"{args.out}/base-{task}-seed{base}",
+            "base_seed": base,
+            **overrides,
+        }
+    )
 
 
 class Heard(data.Split):
@@ -93,11 +109,22 @@ def make_base(args, task: str, base: int):
     """Train a base, and measure it."""
     cfg = config(args, task, base)
     device, dtype = train.pick(cfg)
-    train.make_base(cfg, data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb), cfg.base_folder, device)
+    train.make_base(
+        cfg,
+        data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb),
+        cfg.base_folder,
+        device,
+    )
     model, tokenizer = train.load(cfg, device, dtype)
     splits = hear(cfg, model, tokenizer, device)
-    result = {"task": task, "base": base, "validation": bleu(model, tokenizer, splits["validation"], cfg)}
-    result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, cfg.base_folder / "predictions.jsonl")
+    result = {
+        "task": task,
+        "base": base,
+        "validation": bleu(model, tokenizer, splits["validation"], cfg),
+    }
+    result["test"] = train.evaluate(
+        model, tokenizer, splits["test"], cfg, cfg.base_folder / "predictions.jsonl"
+    )
     data.write_json(args.out / "bases" / f"{task}-base{base}.json", result)
 
 
@@ -112,7 +139,9 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     file = run_file(args, stage, task, method, base, seed, lr)
     folder = file.with_suffix("")
     cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **ALL[method])
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it is short, and starts again
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # of a run that was stopped: it is short, and starts again
     device, dtype = train.pick(cfg)
     began, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = train.load(cfg, device, dtype)
@@ -131,16 +160,28 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     trained = time.perf_counter()
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
     result = {
-        "stage": stage, "task": task, "method": method, "base": base, "seed": seed, "lr": lr,
+        "stage": stage,
+        "task": task,
+        "method": method,
+        "base": base,
+        "seed": seed,
+        "lr": lr,
         "config": asdict(cfg) | {"out": "", "base": cfg.base_folder.name, "data": bool(cfg.data)},
-        "validation": {line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line},
-        "curves": {name: thin([line[name] for line in lines]) for name in ("reward", "kl", "usable_fork_fire")},
+        "validation": {
+            line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line
+        },
+        "curves": {
+            name: thin([line[name] for line in lines])
+            for name in ("reward", "kl", "usable_fork_fire")
+        },
         "forks": forkability(forks),
         "seconds": {"preparation": prepared - began, "training": trained - prepared},
         "cpu_seconds": time.process_time() - cpu,
-    }  # fmt: skip
+    }
     if stage not in RATE_SEEDS:
-        result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, folder / "predictions.jsonl")
+        result["test"] = train.evaluate(
+            model, tokenizer, splits["test"], cfg, folder / "predictions.jsonl"
+        )
     data.write_json(file, result)
     shutil.rmtree(folder)
 
@@ -193,13 +234,22 @@ def best_rates(runs: list[dict], count: int) -> dict[tuple[str, str], list[float
     for r in runs:
         of_method = scores.setdefault((r["task"], r["method"]), {})
         of_method.setdefault(r["lr"], []).append(at_end(r))
-    key = {cell: lambda lr, of=of: (len(of[lr]), statistics.fmean(of[lr])) for cell, of in scores.items()}
+    key = {
+        cell: lambda lr, of=of: (len(of[lr]), statistics.fmean(of[lr]))
+        for cell, of in scores.items()
+    }
     return {cell: sorted(of, key=key[cell], reverse=True)[:count] for cell, of in scores.items()}
 
 
 def rate_of(method: str) -> str:
     """The method whose learning rate a method takes."""
-    return method if method in COMPARED else BASELINE if BASELINE in method or method == "mean baseline" else "LEAF"
+    return (
+        method
+        if method in COMPARED
+        else BASELINE
+        if BASELINE in method or method == "mean baseline"
+        else "LEAF"
+    )
 
 
 def bases_of(stage: str, task: str) -> range:
@@ -217,18 +267,32 @@ def plan(args, stage: str) -> list[tuple]:
     if stage == "main" and args.lr:
         rates = dict.fromkeys(rates, [args.lr])
     if stage == "ablations":
-        cells = itertools.product(args.tasks[:1], SEEDS[: args.ablation_seeds], BASES, ABLATIONS | OF_K)
+        cells = itertools.product(
+            args.tasks[:1], SEEDS[: args.ablation_seeds], BASES, ABLATIONS | OF_K
+        )
     else:
         seeds = SEEDS if stage == "main" else [RATE_SEEDS[stage]]
-        cells = [(t, *x) for t in args.tasks for x in itertools.product(seeds, bases_of(stage, t), COMPARED)]
-    return [(stage, task, m, base, seed, lr) for task, seed, base, m in cells for lr in rates[task, rate_of(m)]]
+        cells = [
+            (t, *x)
+            for t in args.tasks
+            for x in itertools.product(seeds, bases_of(stage, t), COMPARED)
+        ]
+    return [
+        (stage, task, m, base, seed, lr)
+        for task, seed, base, m in cells
+        for lr in rates[task, rate_of(m)]
+    ]
 
 
 def missing(args, stage: str) -> list[tuple]:
     """What is left to run of a stage, for which those before it must be finished; the finals may be left out."""
     if stage != "rates" and missing(args, "rates"):
-        raise data.UserError(f"not all learning rates have been tried for {', '.join(args.tasks)}: run the stage rates")
-    if stage in ("main", "ablations") and 0 < len(missing(args, "finals")) < len(plan(args, "finals")):
+        raise data.UserError(
+            f"not all learning rates have been tried for {', '.join(args.tasks)}: run the stage rates"
+        )
+    if stage in ("main", "ablations") and 0 < len(missing(args, "finals")) < len(
+        plan(args, "finals")
+    ):
         raise data.UserError("the finals have begun, but are not finished: run the stage finals")
     return [job for job in plan(args, stage) if not run_file(args, *job).exists()]
 
@@ -236,20 +300,29 @@ def missing(args, stage: str) -> list[tuple]:
 def work(args, stage: str):
     """All runs of a stage that are not finished, several at a time."""
     if stage == "bases":
-        jobs = [(make_base, args, task, base) for task in args.tasks for base in BASES
-                if not (args.out / "bases" / f"{task}-base{base}.json").exists()]  # fmt: skip
+        jobs = [
+            (make_base, args, task, base)
+            for task in args.tasks
+            for base in BASES
+            if not (args.out / "bases" / f"{task}-base{base}.json").exists()
+        ]
     else:
         jobs = [(run, args, *job) for job in missing(args, stage)]
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; read where tqdm is imported
     context = multiprocessing.get_context("spawn")  # a child that is forked inherits threads' locks
-    with data.lock(args.out, wait=False), ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool:
+    with (
+        data.lock(args.out, wait=False),
+        ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool,
+    ):
         data.check_same(args.out, {"run": RUN, "own": OWN}, "config.json")
         futures = [pool.submit(*job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
                 future.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: what has not begun need not
+            pool.shutdown(
+                cancel_futures=True
+            )  # after an error or Ctrl-C: what has not begun need not
 
 
 def quiet():
@@ -275,8 +348,38 @@ def keep(args):
 
 
 # 97.5% quantiles of Student's t, from 1 degree of freedom
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 
 def student(freedom: int) -> float:
@@ -288,7 +391,9 @@ def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
     means = [statistics.fmean(values) for values in clusters.values()]
     if len(means) < 2:
         return statistics.fmean(means), float("inf")
-    return statistics.fmean(means), student(len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
+    return statistics.fmean(means), student(len(means) - 1) * statistics.stdev(means) / len(
+        means
+    ) ** 0.5
 
 
 def paired(runs: dict[tuple, dict], task: str, one: str, other: str, metric: str) -> str:
@@ -310,11 +415,15 @@ def tasks_of(runs: list[dict]) -> list[str]:
 
 def column(runs: list[dict], metric: str) -> str:
     values = [r["test"][metric] for r in runs]
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    return (
+        f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    )
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
+    lines = [
+        "| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -324,10 +433,22 @@ def report(lines: list[dict]):
     tried = stages["rates"] + stages["finals"]
     best = best_rates(tried, 1)
     for r in stages["main"] + stages["ablations"]:
-        if [r["lr"]] != best[r["task"], rate_of(r["method"])]:  # the finals did not confirm it, or --lr asked for it
+        if [r["lr"]] != best[
+            r["task"], rate_of(r["method"])
+        ]:  # the finals did not confirm it, or --lr asked for it
             r["method"] += f" at {r['lr']:g}"
-    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in stages["main"] + stages["ablations"]}
-    text = "\n".join((rate_table(tried, best), main_table(stages, runs), ablation_table(runs), fork_table(stages)))
+    runs = {
+        (r["task"], r["method"], r["base"], r["seed"]): r
+        for r in stages["main"] + stages["ablations"]
+    }
+    text = "\n".join(
+        (
+            rate_table(tried, best),
+            main_table(stages, runs),
+            ablation_table(runs),
+            fork_table(stages),
+        )
+    )
     (RESULTS / "compare.md").write_text(text)
     print(text)
     plot_curves(stages)
@@ -344,7 +465,9 @@ def rate_table(runs: list[dict], best: dict) -> str:
             cell = ", ".join(f"{statistics.fmean(of):.1f} ({len(of)})" for of in scores if of)
             row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
-    return table(["validation BLEU (runs), of finals", "method", *(f"{lr:g}" for lr in rates)], rows)
+    return table(
+        ["validation BLEU (runs), of finals", "method", *(f"{lr:g}" for lr in rates)], rows
+    )
 
 
 def main_table(stages: dict, runs: dict) -> str:
@@ -352,7 +475,9 @@ def main_table(stages: dict, runs: dict) -> str:
     for task in TASKS:
         bases = [r for r in stages["bases"] if r["task"] == task]
         if bases:
-            rows.append([task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 6)
+            rows.append(
+                [task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 6
+            )
         others = {r["method"]: {} for r in stages["main"] if r["task"] == task}
         for method in COMPARED | others:
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
@@ -361,11 +486,27 @@ def main_table(stages: dict, runs: dict) -> str:
                 differences += [paired(runs, task, method, PLAIN, m) for m in METRICS[1:]]
                 seconds = f"{statistics.fmean(r['cpu_seconds'] for r in own):.0f}"
                 measured = [column(own, m) for m in METRICS]
-                rows.append([task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences, seconds])
-    header = "greedy − GRPO", "sampled − GRPO", "exact − GRPO", "sampled − plain", "exact − plain", "CPU s"
-    notes = [f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, METRICS[1])}\n"
-             for task, method, *_ in rows if " at " in method]  # fmt: skip
-    return table(["task", "method", "lr", "runs", *METRICS, *header], rows) + "\n" * bool(notes) + "".join(notes)
+                rows.append(
+                    [task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences, seconds]
+                )
+    header = (
+        "greedy − GRPO",
+        "sampled − GRPO",
+        "exact − GRPO",
+        "sampled − plain",
+        "exact − plain",
+        "CPU s",
+    )
+    notes = [
+        f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, METRICS[1])}\n"
+        for task, method, *_ in rows
+        if " at " in method
+    ]
+    return (
+        table(["task", "method", "lr", "runs", *METRICS, *header], rows)
+        + "\n" * bool(notes)
+        + "".join(notes)
+    )
 
 
 METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %"
@@ -378,11 +519,20 @@ def ablation_table(runs: dict) -> str:
         own = [r for key, r in runs.items() if key[:2] == (task, method)]
         if own:
             measured = [column(own, m) for m in METRICS[:2]]
-            against = [paired(runs, task, method, other, METRICS[1]) for other in ("LEAF", BASELINE)]
+            against = [
+                paired(runs, task, method, other, METRICS[1]) for other in ("LEAF", BASELINE)
+            ]
             rows.append([method, f"{own[0]['lr']:g}", len(own), *measured, *against])
     same_k = [(f"LEAF, K={K}", f"{BASELINE}, K={K}") for K in KS]
-    notes = [f"{one} − {other}, sampled: {paired(runs, task, one, other, METRICS[1])}\n" for one, other in same_k]
-    return table([task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"], rows) + "\n" + "".join(notes)
+    notes = [
+        f"{one} − {other}, sampled: {paired(runs, task, one, other, METRICS[1])}\n"
+        for one, other in same_k
+    ]
+    return (
+        table([task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"], rows)
+        + "\n"
+        + "".join(notes)
+    )
 
 
 def fork_cells(runs: list[dict], by: str) -> list[dict]:
@@ -392,7 +542,9 @@ def fork_cells(runs: list[dict], by: str) -> list[dict]:
         own = [cell for r in runs for cell in r["forks"] if cell[by] == value]
         count = sum(cell["boundaries"] for cell in own)
         names = "fires", "usable", "group_size", "reward_spread"
-        means = {name: sum(cell[name] * cell["boundaries"] for cell in own) / count for name in names}
+        means = {
+            name: sum(cell[name] * cell["boundaries"] for cell in own) / count for name in names
+        }
         cells.append({by: value, "boundaries": count} | means)
     return cells
 
@@ -405,9 +557,21 @@ def fork_table(stages: dict) -> str:
             for c in fork_cells(own, by):
                 part = f"{'training' if by == 'phase' else 'response'} {c[by] / parts:.0%} to {(c[by] + 1) / parts:.0%}"
                 share = c["boundaries"] / sum(cell["boundaries"] for cell in fork_cells(own, by))
-                rows.append([task, part, f"{share:.0%}", f"{c['fires']:.2f}", f"{c['usable']:.2f}",
-                             f"{c['group_size']:.1f}", f"{100 * c['reward_spread']:.1f}"])  # fmt: skip
-    return table(["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0", "range x100"], rows)
+                rows.append(
+                    [
+                        task,
+                        part,
+                        f"{share:.0%}",
+                        f"{c['fires']:.2f}",
+                        f"{c['usable']:.2f}",
+                        f"{c['group_size']:.1f}",
+                        f"{100 * c['reward_spread']:.1f}",
+                    ]
+                )
+    return table(
+        ["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0", "range x100"],
+        rows,
+    )
 
 
 def save(figure, name: str):
@@ -427,10 +591,14 @@ def plot_curves(stages: dict):
         for method in (method for method in COMPARED if method in known):
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             steps = [0, *map(int, own[0]["validation"])]
-            values = torch.tensor([[at_start[r["base"]], *r["validation"].values()] for r in own])  # (runs, steps)
+            values = torch.tensor(
+                [[at_start[r["base"]], *r["validation"].values()] for r in own]
+            )  # (runs, steps)
             mean, std = values.mean(0), values.std(0, correction=min(1, len(own) - 1))
             (line,) = axis.plot(steps, mean, marker="o", markersize=3, label=method)
-            axis.fill_between(steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0)
+            axis.fill_between(
+                steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0
+            )
         axis.set_title(f"{task}, {len(own)} runs each", fontsize=10)
         axis.set_xlabel("steps of 64 responses")
         axis.grid(alpha=0.3)
@@ -443,13 +611,24 @@ def plot_forks(runs: list[dict]):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), sharex="row")
-    shown = {"usable": "usable fork-fire rate", "group_size": "group size, or 0", "reward_spread": "reward range"}
+    shown = {
+        "usable": "usable fork-fire rate",
+        "group_size": "group size, or 0",
+        "reward_spread": "reward range",
+    }
     parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
     for row, (by, parts, label) in zip(axes, parts_of):
         for axis, (name, title) in zip(row, shown.items()):
             for task in tasks_of(runs):
-                cells = fork_cells([r for r in runs if (r["task"], r["method"]) == (task, "LEAF")], by)
-                axis.plot([(c[by] + 0.5) / parts for c in cells], [c[name] for c in cells], "o-", label=task)
+                cells = fork_cells(
+                    [r for r in runs if (r["task"], r["method"]) == (task, "LEAF")], by
+                )
+                axis.plot(
+                    [(c[by] + 0.5) / parts for c in cells],
+                    [c[name] for c in cells],
+                    "o-",
+                    label=task,
+                )
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(label)
             axis.set_ylim(bottom=0)
@@ -460,21 +639,41 @@ def plot_forks(runs: list[dict]):
 
 def main():
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser("python -m experiments.compare", None, summary, details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "python -m experiments.compare",
+        None,
+        summary,
+        details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stages", nargs="+", choices=(*STAGES, "keep", "report"))
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--lr", type=float, help="main at this rate for all, beside each method's best")
-    parser.add_argument("--ablation-seeds", type=int, default=2, help="seeds per base for each ablation")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lr", type=float, help="main at this rate for all, beside each method's best"
+    )
+    parser.add_argument(
+        "--ablation-seeds", type=int, default=2, help="seeds per base for each ablation"
+    )
     args = parser.parse_args()
     for stage in args.stages:
         if stage == "keep":
             keep(args)
         elif stage == "report":
-            report([json.loads(line) for line in (RESULTS / "compare.jsonl").read_text().splitlines()])
+            report(
+                [json.loads(line) for line in (RESULTS / "compare.jsonl").read_text().splitlines()]
+            )
         else:
             work(args, stage)
 

@@ -42,7 +42,11 @@ FOLDER = RESULTS / "credit"
 SEED = 11  # of everything random here
 BASES = {200: "early", 400: "default", 1200: "late"}  # by sft_steps
 MAIN_BASE = 400
-QUESTIONS = {"long": 0, "middle": 1, "short": 2}  # rows by length of the answer, as corpora.synthetic deals them out
+QUESTIONS = {
+    "long": 0,
+    "middle": 1,
+    "short": 2,
+}  # rows by length of the answer, as corpora.synthetic deals them out
 MAP_QUESTIONS = ("long", "short")
 KS, BUDGETS, BATCH = (4, 8, 16), (1, 2, 4, 8), 64  # responses of a batch
 ROWS = 999  # of the training rows, from which prompts are drawn
@@ -87,7 +91,9 @@ def divided(tokens, lengths, surprisal, rewards):
 def every_token(tokens, lengths, surprisal, rewards):
     """Our variant with a boundary at every token, so that neither surprisal nor B matters."""
     boundaries = list(range(1, int(lengths.max())))
-    return leaf.leaf_advantages(tokens, lengths, None, rewards, terms="leave-one-out", boundaries=boundaries)
+    return leaf.leaf_advantages(
+        tokens, lengths, None, rewards, terms="leave-one-out", boundaries=boundaries
+    )
 
 
 NO_Z_SCORE = "LEAF, no z-score"
@@ -100,7 +106,14 @@ DIAGNOSES = {
 }
 RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
 LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
-MAP_RULES = [BASELINE, PLAIN, *LEAF_BY_BUDGET.values(), NO_Z_SCORE, OURS, "leave-one-out, every token"]
+MAP_RULES = [
+    BASELINE,
+    PLAIN,
+    *LEAF_BY_BUDGET.values(),
+    NO_Z_SCORE,
+    OURS,
+    "leave-one-out, every token",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +133,9 @@ class Policy:
         cfg = train.Config(sft_steps=sft_steps, base=str(out / f"base-sft{sft_steps}"))
         device, rows = torch.device("cpu"), train.load_rows(cfg)
         if not cfg.base_folder.exists():
-            train.make_base(cfg, data.Split("train", rows["train"], cfg.cache_gb), cfg.base_folder, device)
+            train.make_base(
+                cfg, data.Split("train", rows["train"], cfg.cache_gb), cfg.base_folder, device
+            )
         split = data.Split("train", rows["train"][:ROWS], cfg.cache_gb)
         model, tokenizer = train.load(cfg, device, torch.float32)
         train.adapt(cfg, model)
@@ -132,7 +147,9 @@ class Policy:
             reached = round(bleu(model, tokenizer, validation, cfg), 2)
             keep(file, {"sft_steps": sft_steps, "validation BLEU greedy": reached})
         every = list(range(len(split.rows)))
-        questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()} | {"all": every}
+        questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()} | {
+            "all": every
+        }
         return cls(model, split, cfg, questions)
 
     @property
@@ -150,13 +167,17 @@ class Batch:
 
     def rewards(self, name: str) -> list[list[float]]:
         pairs = zip(self.texts, self.rows)
-        return [[REWARDS[name](" ".join(text.split()), row) for text in group] for group, row in pairs]
+        return [
+            [REWARDS[name](" ".join(text.split()), row) for text in group] for group, row in pairs
+        ]
 
     def groups(self, rewards):
         """The arguments of a rule, prompt by prompt."""
         return zip(self.rollout.tokens, self.rollout.lengths, -self.rollout.logq, rewards)
 
-    def weight(self, setting: Setting):  # (P, K, T): of a token's log-probability; mean over responses
+    def weight(
+        self, setting: Setting
+    ):  # (P, K, T): of a token's log-probability; mean over responses
         length = self.rollout.lengths[..., None] if setting.token_mean else 1
         return self.rollout.mask / length / self.rollout.lengths.numel()
 
@@ -166,7 +187,12 @@ class Batch:
 
 def gradient(policy: Policy, logp, weights):
     """Of the sum of weights (P, K, T) times log-probabilities: (D,)"""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(logp, policy.parameters, weights, retain_graph=True)])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(logp, policy.parameters, weights, retain_graph=True)
+        ]
+    )
 
 
 def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top_p: float) -> Batch:
@@ -175,14 +201,23 @@ def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top
     Rows are drawn with replacement: batches that take turns in one pass would not be independent of each other.
     """
     rows, tokenizer = policy.questions[question], policy.split.tokenizer
-    indices = [rows[i] for i in np.random.default_rng([SEED, stream, n]).integers(len(rows), size=P)]
-    u = data.noise([SEED, stream, 1], list(range(n * P, n * P + P)), K, policy.cfg.max_new_tokens, "cpu")
+    indices = [
+        rows[i] for i in np.random.default_rng([SEED, stream, n]).integers(len(rows), size=P)
+    ]
+    u = data.noise(
+        [SEED, stream, 1], list(range(n * P, n * P + P)), K, policy.cfg.max_new_tokens, "cpu"
+    )
     with torch.no_grad():
         prompts = policy.split.batch(policy.model, indices)
     rollout = policy.model.sample(prompts, u, tokenizer.eos_id, policy.cfg.temperature, top_p)
     T = int(rollout.lengths.max())
-    rollout.tokens, rollout.logq, rollout.logp = (x[..., :T] for x in (rollout.tokens, rollout.logq, rollout.logp))
-    texts = [[tokenizer.decode(t[:m].tolist()) for t, m in zip(*x)] for x in zip(rollout.tokens, rollout.lengths)]
+    rollout.tokens, rollout.logq, rollout.logp = (
+        x[..., :T] for x in (rollout.tokens, rollout.logq, rollout.logp)
+    )
+    texts = [
+        [tokenizer.decode(t[:m].tolist()) for t, m in zip(*x)]
+        for x in zip(rollout.tokens, rollout.lengths)
+    ]
     return Batch(indices, [policy.split.rows[i] for i in indices], prompts, rollout, texts)
 
 
@@ -213,14 +248,18 @@ def truth(policy: Policy, setting: str, out: Path) -> dict[str, dict[str, torch.
             logp = batch.logp(policy)
             for name in names:
                 rewards = torch.tensor(batch.rewards(name))
-                centred = (rewards - rewards.mean(1, keepdim=True)) * TRUTH_K / (TRUTH_K - 1)  # leave-one-out
+                centred = (
+                    (rewards - rewards.mean(1, keepdim=True)) * TRUTH_K / (TRUTH_K - 1)
+                )  # leave-one-out
                 weights = batch.weight(SETTINGS[setting]) * centred[..., None]
                 total[name][question][n % 2] += gradient(policy, logp, weights) * 2 / batches
         temporary = file.with_suffix(".tmp")
         torch.save(total, temporary)
         temporary.rename(file)
     total = torch.load(file)
-    return {name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()}  # as many rows of each
+    return {
+        name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()
+    }  # as many rows of each
 
 
 TARGETS = ("G*", "G_train")
@@ -257,7 +296,13 @@ class Condition:
 
     @property
     def file(self) -> str:
-        parts = (self.setting, self.base, self.question, f"K{self.K}", self.reward.replace(" ", "-"))
+        parts = (
+            self.setting,
+            self.base,
+            self.question,
+            f"K{self.K}",
+            self.reward.replace(" ", "-"),
+        )
         return "-".join(map(str, parts)) + ".json"
 
 
@@ -265,8 +310,10 @@ MAIN = [Condition("training"), Condition("exact", batches=400)]
 REWARD = [Condition(reward=name, batches=160) for name in ("exact match", "slots")]
 MAP = [
     Condition(base=base, question=question, K=K, batches=100, rules=tuple(MAP_RULES))
-    for base in (400, 200, 1200) for question in MAP_QUESTIONS for K in KS
-]  # fmt: skip
+    for base in (400, 200, 1200)
+    for question in MAP_QUESTIONS
+    for K in KS
+]
 
 
 class Sums:
@@ -292,7 +339,9 @@ class Sums:
         for left_out in (None, *range(BLOCKS)):
             use, kept = np.arange(BLOCKS) != left_out, self.member != left_out
             n, squares = kept.sum(), self.squares[kept].sum()
-            square = max((products[np.ix_(use, use)].sum() - squares) / n / (n - 1), 1e-30)  # |E g|^2, from pairs
+            square = max(
+                (products[np.ix_(use, use)].sum() - squares) / n / (n - 1), 1e-30
+            )  # |E g|^2, from pairs
             cosines = self.dots[kept].mean(0) / self.norms / math.sqrt(square)
             total.append([square / (squares / n - square), *cosines])
         return np.array(total)
@@ -354,7 +403,9 @@ def compare(sums: dict[str, Sums]) -> dict[str, dict]:
         for n, target in zip(range(cosines[rule].shape[1]), TARGETS):
             row[f"cosine {target}"] = mean_interval(cosines[rule][:, n])
             for name, other in OTHERS.items():
-                row[f"cosine {target} difference{name}"] = mean_interval((cosines[rule] - cosines[other])[:, n])
+                row[f"cosine {target} difference{name}"] = mean_interval(
+                    (cosines[rule] - cosines[other])[:, n]
+                )
             row[f"bias {target}"] = interval(wholes[rule][:, 1 + n])
             row[f"bias {target} difference"] = interval((wholes[rule] - wholes[BASELINE])[:, 1 + n])
     return table
@@ -363,13 +414,18 @@ def compare(sums: dict[str, Sums]) -> dict[str, dict]:
 def shared_tokens(tokens, lengths, rewards, boundaries) -> float:
     """Share of tokens that stand in a span which ends at a node: the rest, the tails, are nobody else's."""
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    ends = [max([v.boundary for v in nodes if i in v.members], default=0) for i in range(len(rewards))]
+    ends = [
+        max([v.boundary for v in nodes if i in v.members], default=0) for i in range(len(rewards))
+    ]
     return sum(map(min, ends, lengths.tolist())) / int(lengths.sum())
 
 
 def fork_summary(rewards, reports: list[dict], shared: list[float]) -> dict[str, float]:
     summary = leaf.group_stats(rewards, reports) | {"shared_tokens": fmean(shared)}
-    for name in ("group_size", "reward_spread"):  # of the retained groups, 0 for a boundary without one
+    for name in (
+        "group_size",
+        "reward_spread",
+    ):  # of the retained groups, 0 for a boundary without one
         summary[name] = fmean(report[name] for report in reports)
     return {name: round(value, 4) for name, value in summary.items()}
 
@@ -383,17 +439,28 @@ BINS = 10  # of the relative position in a response
 BOOTSTRAP = 1000
 
 
-def completions(policy: Policy, prompts: Prompts, prefixes: list[tuple], row: dict, key: list[int], chunk=24):
+def completions(
+    policy: Policy, prompts: Prompts, prefixes: list[tuple], row: dict, key: list[int], chunk=24
+):
     """Rewards (n, COMPLETIONS) and first tokens (n, COMPLETIONS) of completions of a prompt's prefixes, top-p 1."""
     model, tokenizer, limit = policy.model, policy.split.tokenizer, policy.cfg.max_new_tokens
     heard, rewards, firsts = prompts.x[0, prompts.valid[0]], [], []
     for start in range(0, len(prefixes), chunk):
         part = prefixes[start : start + chunk]
         with torch.no_grad():
-            embedded = [model.language_model.model.embed_tokens(torch.tensor(p, dtype=torch.int64)) for p in part]
+            embedded = [
+                model.language_model.model.embed_tokens(torch.tensor(p, dtype=torch.int64))
+                for p in part
+            ]
         x, lengths = pad([torch.cat((heard, e)) for e in embedded], "cpu")
         longer = Prompts(x, torch.arange(x.shape[1]) < lengths[:, None])
-        u = data.noise(key, list(range(start, start + len(part))), COMPLETIONS, limit - min(map(len, part)), "cpu")
+        u = data.noise(
+            key,
+            list(range(start, start + len(part))),
+            COMPLETIONS,
+            limit - min(map(len, part)),
+            "cpu",
+        )
         rollout = model.sample(longer, u, tokenizer.eos_id)
         for prefix, tokens, counts in zip(part, rollout.tokens.tolist(), rollout.lengths.tolist()):
             texts = [tokenizer.decode([*prefix, *t[:n]][:limit]) for t, n in zip(tokens, counts)]
@@ -413,14 +480,20 @@ def true_advantages(policy: Policy, batch: Batch, p: int):
     tokens, lengths = batch.rollout.tokens[p].tolist(), batch.rollout.lengths[p].tolist()
     whole = [tuple(t[:n]) for t, n in zip(tokens, lengths)]
     prefixes = sorted({t[:n] for t in whole for n in range(len(t))}, key=lambda x: (len(x), x))
-    rewards, firsts = completions(policy, policy.split.batch(policy.model, [index]), prefixes, row, [SEED, 4, index])
+    rewards, firsts = completions(
+        policy, policy.split.batch(policy.model, [index]), prefixes, row, [SEED, 4, index]
+    )
     place = {prefix: i for i, prefix in enumerate(prefixes)}
     value, noise = rewards.mean(1), rewards.var(1, ddof=1) / COMPLETIONS
     advantage, variance = torch.zeros(2, *batch.rollout.tokens.shape[1:])
     for k, response in enumerate(whole):
         for t in range(len(response)):
             here, after = place[response[:t]], place.get(response[: t + 1])
-            q, v = (value[after], noise[after]) if after is not None else (data.reward(batch.texts[p][k], row), 0)
+            q, v = (
+                (value[after], noise[after])
+                if after is not None
+                else (data.reward(batch.texts[p][k], row), 0)
+            )
             others = rewards[here][firsts[here] != response[t]]
             if len(others):
                 rest = 1 - math.exp(batch.rollout.logp[p, k, t])
@@ -441,11 +514,21 @@ def decisions(policy: Policy, target: Target) -> dict:
             truths.append(advantage)
             torch.manual_seed(len(prompts))
             credits = {rule: f(*group) for rule, f in RULES.items()}
-            prompts.append(dict(
-                mask=mask[p].numpy(), truth=advantage.numpy(), noise=variance.numpy(), rewards=rewards[p], start=start,
-                credits={rule: credit.numpy() for rule, credit in credits.items()}, row=batch.rows[p],
-                pieces=[policy.split.tokenizer.pieces(t[:n].tolist()) for t, n in zip(group[0], group[1])],
-            ))  # fmt: skip
+            prompts.append(
+                dict(
+                    mask=mask[p].numpy(),
+                    truth=advantage.numpy(),
+                    noise=variance.numpy(),
+                    rewards=rewards[p],
+                    start=start,
+                    credits={rule: credit.numpy() for rule, credit in credits.items()},
+                    row=batch.rows[p],
+                    pieces=[
+                        policy.split.tokenizer.pieces(t[:n].tolist())
+                        for t, n in zip(group[0], group[1])
+                    ],
+                )
+            )
             for how in ("surprisal", "random", "even"):
                 landed.setdefault(how, []).append(landings(how, group, advantage.numpy()))
             bar.update()
@@ -453,8 +536,13 @@ def decisions(policy: Policy, target: Target) -> dict:
         compared["true advantage"] = truths
         logp = batch.logp(policy)
         weight = batch.weight(setting)
-        gradients = {rule: gradient(policy, logp, torch.stack(credit) * weight) for rule, credit in compared.items()}
-        oracle.append({rule: float(target.mean @ g / g.norm() / target.norm) for rule, g in gradients.items()})
+        gradients = {
+            rule: gradient(policy, logp, torch.stack(credit) * weight)
+            for rule, credit in compared.items()
+        }
+        oracle.append(
+            {rule: float(target.mean @ g / g.norm() / target.norm) for rule, g in gradients.items()}
+        )
     cosines = {rule: np.array([x[rule] for x in oracle]) for rule in oracle[0]}
     return {
         "prompts": len(prompts),
@@ -467,10 +555,13 @@ def decisions(policy: Policy, target: Target) -> dict:
         "reliability of A*": round(reliability(prompts), 4),
         "share of tokens": round(share_decisive(prompts), 4),
         "rules": {rule: token_agreement(prompts, rule) for rule in RULES},
-        "position": {"true advantage": profile(prompts, None)} | {rule: profile(prompts, rule) for rule in RULES},
+        "position": {"true advantage": profile(prompts, None)}
+        | {rule: profile(prompts, rule) for rule in RULES},
         "boundaries": {how: summarise_landings(x) for how, x in landed.items()},
         "cosine G*": {rule: mean_interval(x) for rule, x in cosines.items()},
-        "cosine G* difference": {rule: mean_interval(x - cosines[BASELINE]) for rule, x in cosines.items()},
+        "cosine G* difference": {
+            rule: mean_interval(x - cosines[BASELINE]) for rule, x in cosines.items()
+        },
         "example": example(prompts),
         "seconds": round(time.time() - began),
     }
@@ -478,14 +569,23 @@ def decisions(policy: Policy, target: Target) -> dict:
 
 def telescoping(prompts) -> dict:
     """The advantages of a response's tokens should add up to what it got beyond what was to be expected."""
-    pairs = [(t[m].sum(), r - p["start"]) for p in prompts for t, m, r in zip(p["truth"], p["mask"], p["rewards"])]
+    pairs = [
+        (t[m].sum(), r - p["start"])
+        for p in prompts
+        for t, m, r in zip(p["truth"], p["mask"], p["rewards"])
+    ]
     a, b = np.array(pairs).T
-    return {"correlation": round(float(np.corrcoef(a, b)[0, 1]), 4), "mean gap": round(float((a - b).mean()), 4)}
+    return {
+        "correlation": round(float(np.corrcoef(a, b)[0, 1]), 4),
+        "mean gap": round(float((a - b).mean()), 4),
+    }
 
 
 def reliability(prompts) -> float:
     """Share of A*'s variance over tokens that is not noise."""
-    truth, noise = (np.concatenate([p[name][p["mask"]] for p in prompts]) for name in ("truth", "noise"))
+    truth, noise = (
+        np.concatenate([p[name][p["mask"]] for p in prompts]) for name in ("truth", "noise")
+    )
     return float(1 - noise.mean() / truth.var())
 
 
@@ -497,9 +597,23 @@ def token_agreement(prompts, rule: str) -> dict:
     """Correlation of credit and A* over tokens, without what A*'s noise takes, and what decisive tokens get."""
     rows = []
     for p in prompts:
-        a, c, noise = (x[p["mask"]].astype(float) for x in (p["truth"], p["credits"][rule], p["noise"]))
+        a, c, noise = (
+            x[p["mask"]].astype(float) for x in (p["truth"], p["credits"][rule], p["noise"])
+        )
         big = abs(a) > DECISIVE
-        rows.append([len(a), a.sum(), c.sum(), a @ a, c @ c, a @ c, noise.sum(), abs(c)[big].sum(), abs(c).sum()])
+        rows.append(
+            [
+                len(a),
+                a.sum(),
+                c.sum(),
+                a @ a,
+                c @ c,
+                a @ c,
+                noise.sum(),
+                abs(c)[big].sum(),
+                abs(c).sum(),
+            ]
+        )
 
     def statistics(rows):  # (..., prompts, 9) -> correlation, share (..., 2)
         n, a, c, aa, cc, ac, noise, big, size = np.moveaxis(rows.sum(-2), -1, 0)
@@ -547,7 +661,9 @@ def landings(how: str, group, truth) -> list:
 def summarise_landings(found: list[list]) -> dict:
     """found: for each prompt, the distances of `landings`."""
 
-    def statistics(rows):  # (..., prompts, 4) -> the two shares, and the mean distance of those that have one
+    def statistics(
+        rows,
+    ):  # (..., prompts, 4) -> the two shares, and the mean distance of those that have one
         count, at, near, distance = np.moveaxis(rows.sum(-2), -1, 0)
         return np.stack((at / count, 1 - near / count, distance / near), -1)
 
@@ -561,15 +677,22 @@ def summarise_landings(found: list[list]) -> dict:
 def example(prompts) -> dict:
     """Of a long answer, the response with the most decisive token: what the figure shows."""
     long = [p for p in prompts if len(p["row"]["slots"]) == 7]
-    p, k = max(((p, k) for p in long for k in range(len(p["rewards"]))), key=lambda x: abs(x[0]["truth"][x[1]]).max())
+    p, k = max(
+        ((p, k) for p in long for k in range(len(p["rewards"]))),
+        key=lambda x: abs(x[0]["truth"][x[1]]).max(),
+    )
     n = p["mask"][k].sum()
-    shown = {"true advantage": p["truth"][k]} | {rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, OURS)}
+    shown = {"true advantage": p["truth"][k]} | {
+        rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, OURS)
+    }
     return {
         "reference": p["row"]["reference"],
         "pieces": p["pieces"][k],
         "reward": round(p["rewards"][k], 4),
         "rewards": [round(r, 4) for r in p["rewards"]],
-        "credits": {name: [round(float(x), 4) for x in values[:n]] for name, values in shown.items()},
+        "credits": {
+            name: [round(float(x), 4) for x in values[:n]] for name, values in shown.items()
+        },
     }
 
 
@@ -597,12 +720,18 @@ def show(title: str, columns: list[str], rows: dict[str, list[str]]):
 
 def show_condition(result: dict):
     c, truth = result["condition"], result["truth"]
-    title = (f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
-             f"{c['batches']} batches; halves of the truth agree to {truth}")  # fmt: skip
+    title = (
+        f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
+        f"{c['batches']} batches; halves of the truth agree to {truth}"
+    )
     columns = ["cosine G*", *(f"cosine G* difference{name}" for name in OTHERS)]
     columns += ["SNR", "SNR difference", "bias G*", "bias G* difference"]
     columns += ["cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
-    show(title, columns, {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()})
+    show(
+        title,
+        columns,
+        {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()},
+    )
 
 
 def show_map(cells: list[dict]):
@@ -612,33 +741,71 @@ def show_map(cells: list[dict]):
         for B, rule in LEAF_BY_BUDGET.items():
             fork, row = result["forks"][str(B)], result["rules"][rule]
             rows[f"{BASES[c['base']]}, {c['question']}, K={c['K']}, B={B}"] = [
-                f"{fork['usable_fork_fire']:.2f}", f"{fork['fork_fire']:.2f}", f"{fork['group_size']:.1f}",
-                f"{fork['reward_spread']:.3f}", f"{fork['reward_std']:.3f}",
-                f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}", cell(row["cosine G* difference"]),
-                cell(row["cosine G* difference to plain"]), cell(row["SNR difference"]),
-                *(cell(result["rules"][rule]["cosine G* difference"]) for rule in (NO_Z_SCORE, OURS)),
-            ]  # fmt: skip
-    columns = ["usable forks", "forks that fire", "group size", "spread in groups", "reward std", "GRPO's cosine",
-               "LEAF's difference", "to plain", "SNR difference", f"{NO_Z_SCORE}, B=2", f"{OURS}, B=2"]  # fmt: skip
+                f"{fork['usable_fork_fire']:.2f}",
+                f"{fork['fork_fire']:.2f}",
+                f"{fork['group_size']:.1f}",
+                f"{fork['reward_spread']:.3f}",
+                f"{fork['reward_std']:.3f}",
+                f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}",
+                cell(row["cosine G* difference"]),
+                cell(row["cosine G* difference to plain"]),
+                cell(row["SNR difference"]),
+                *(
+                    cell(result["rules"][rule]["cosine G* difference"])
+                    for rule in (NO_Z_SCORE, OURS)
+                ),
+            ]
+    columns = [
+        "usable forks",
+        "forks that fire",
+        "group size",
+        "spread in groups",
+        "reward std",
+        "GRPO's cosine",
+        "LEAF's difference",
+        "to plain",
+        "SNR difference",
+        f"{NO_Z_SCORE}, B=2",
+        f"{OURS}, B=2",
+    ]
     show("map, training setting", columns, rows)
     usable = [result["forks"][str(B)]["usable_fork_fire"] for result in cells for B in BUDGETS]
     for name, other in (("", BASELINE), (" to plain", PLAIN)):
-        gains = [r["rules"][rule][f"cosine G* difference{name}"] for r in cells for rule in LEAF_BY_BUDGET.values()]
-        above, below = (sum(sign * gain["value"] > gain["ci"] for gain in gains) for sign in (1, -1))
+        gains = [
+            r["rules"][rule][f"cosine G* difference{name}"]
+            for r in cells
+            for rule in LEAF_BY_BUDGET.values()
+        ]
+        above, below = (
+            sum(sign * gain["value"] > gain["ci"] for gain in gains) for sign in (1, -1)
+        )
         r = np.corrcoef(usable, [gain["value"] for gain in gains])[0, 1]
-        print(f"{len(gains)} cells against {other}: {above} above and {below} below by more than the interval; "
-              f"correlation with usable forks {r:.2f}")  # fmt: skip
+        print(
+            f"{len(gains)} cells against {other}: {above} above and {below} below by more than the interval; "
+            f"correlation with usable forks {r:.2f}"
+        )
 
 
 def show_decisions(d: dict):
-    print(f"\n{d['prompts']} prompts, {d['tokens']} tokens, {d['share of tokens']:.1%} with |A*| > {d['decisive']}")
+    print(
+        f"\n{d['prompts']} prompts, {d['tokens']} tokens, {d['share of tokens']:.1%} with |A*| > {d['decisive']}"
+    )
     for check in ("Q of nothing", "mean reward", "A* sum against r - Q", "reliability of A*"):
         print(f"{check}: {d[check]}")
     columns = ["correlation", "share on decisive"]
-    show("credit against A*", columns, {rule: [cell(row[c]) for c in columns] for rule, row in d["rules"].items()})
-    where = {how: {name: cell(value) for name, value in x.items()} for how, x in d["boundaries"].items()}
-    show("nearest decisive token, from each boundary in each response", list(where["even"]),
-         {how: list(x.values()) for how, x in where.items()})  # fmt: skip
+    show(
+        "credit against A*",
+        columns,
+        {rule: [cell(row[c]) for c in columns] for rule, row in d["rules"].items()},
+    )
+    where = {
+        how: {name: cell(value) for name, value in x.items()} for how, x in d["boundaries"].items()
+    }
+    show(
+        "nearest decisive token, from each boundary in each response",
+        list(where["even"]),
+        {how: list(x.values()) for how, x in where.items()},
+    )
     columns = ["cosine G*", "cosine G* difference"]
     rows = {rule: [cell(d[c][rule]) for c in columns] for rule in (*SHOWN, "true advantage")}
     show("batches' gradients, with the true advantage as credit beside them", columns, rows)
@@ -649,13 +816,17 @@ def plot_credit(main: dict, d: dict):
 
     figure = plt.figure(figsize=(13, 8.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 2.2))
-    strip, line, to_grpo = (figure.add_subplot(grid[place]) for place in (np.s_[0, :], np.s_[1, 0], np.s_[1, 1]))
+    strip, line, to_grpo = (
+        figure.add_subplot(grid[place]) for place in (np.s_[0, :], np.s_[1, 0], np.s_[1, 1])
+    )
     to_leaf = figure.add_subplot(grid[1, 2], sharey=to_grpo)
 
     e = d["example"]
     names = list(e["credits"])
     values = np.array([e["credits"][name] for name in names])
-    strip.imshow(values / abs(values).max(1, keepdims=True), cmap="PiYG", vmin=-1, vmax=1, aspect="auto")
+    strip.imshow(
+        values / abs(values).max(1, keepdims=True), cmap="PiYG", vmin=-1, vmax=1, aspect="auto"
+    )
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.7 * abs(values[row]).max() else "black"
         strip.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8, color=colour)
@@ -667,17 +838,29 @@ def plot_credit(main: dict, d: dict):
     x = (np.arange(BINS) + 0.5) / BINS
     for name, colour in {"true advantage": "black", **SHOWN}.items():
         y = np.array(d["position"][name])
-        line.plot(x, y / y.mean(), "o--" if name == "true advantage" else "o-", color=colour, label=name)
+        line.plot(
+            x, y / y.mean(), "o--" if name == "true advantage" else "o-", color=colour, label=name
+        )
     line.set_xlabel("position in the response")
     line.set_ylabel("mean |credit|, over its mean")
     line.set_title("(b) where credit goes", fontsize=10)
     line.legend(fontsize=8)
 
     rules = list(main["rules"])[::-1]
-    for axes, letter, name, other in ((to_grpo, "c", "", BASELINE), (to_leaf, "d", " to LEAF", "LEAF")):
+    for axes, letter, name, other in (
+        (to_grpo, "c", "", BASELINE),
+        (to_leaf, "d", " to LEAF", "LEAF"),
+    ):
         for y, rule in enumerate(rules):
             gain = main["rules"][rule][f"cosine G* difference{name}"]
-            axes.errorbar(gain["value"], y, xerr=gain["ci"], fmt="o", color=SHOWN.get(rule, "tab:gray"), capsize=2)
+            axes.errorbar(
+                gain["value"],
+                y,
+                xerr=gain["ci"],
+                fmt="o",
+                color=SHOWN.get(rule, "tab:gray"),
+                capsize=2,
+            )
         axes.axvline(0, color=SHOWN[other])
         axes.locator_params(axis="x", nbins=6)
         cosine = main["rules"][other]["cosine G*"]["value"]
@@ -704,11 +887,21 @@ def plot_map(cells: list[dict]):
             c = result["condition"]
             colour, marker = BASE_COLOURS[c["base"]], K_MARKERS[c["K"]]
             for B, rule in rules.items():
-                gain, usable = result["rules"][rule][measure], result["forks"][str(B)]["usable_fork_fire"]
+                gain, usable = (
+                    result["rules"][rule][measure],
+                    result["forks"][str(B)]["usable_fork_fire"],
+                )
                 axes.errorbar(
-                    usable, gain["value"], gain["ci"], fmt=marker, color=colour, markersize=3 + 1.2 * math.log2(2 * B),
-                    markerfacecolor=colour if c["question"] == "long" else "white", elinewidth=0.5, alpha=0.8,
-                )  # fmt: skip
+                    usable,
+                    gain["value"],
+                    gain["ci"],
+                    fmt=marker,
+                    color=colour,
+                    markersize=3 + 1.2 * math.log2(2 * B),
+                    markerfacecolor=colour if c["question"] == "long" else "white",
+                    elinewidth=0.5,
+                    alpha=0.8,
+                )
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("usable fork-fire rate")
@@ -716,11 +909,18 @@ def plot_map(cells: list[dict]):
         axes.grid(alpha=0.3)
     marks = [(f"{BASES[b]} base", dict(marker="o", color=c)) for b, c in BASE_COLOURS.items()]
     marks += [(f"K = {K}", dict(marker=m, color="gray")) for K, m in K_MARKERS.items()]
-    marks += [(f"{q} answer", dict(marker="o", color="gray", markerfacecolor=f))
-              for q, f in (("long", "gray"), ("short", "white"))]  # fmt: skip
-    marks += [(f"B = {B}", dict(marker="o", color="gray", markersize=3 + 1.2 * math.log2(2 * B))) for B in BUDGETS]
+    marks += [
+        (f"{q} answer", dict(marker="o", color="gray", markerfacecolor=f))
+        for q, f in (("long", "gray"), ("short", "white"))
+    ]
+    marks += [
+        (f"B = {B}", dict(marker="o", color="gray", markersize=3 + 1.2 * math.log2(2 * B)))
+        for B in BUDGETS
+    ]
     handles = [plt.Line2D([], [], linestyle="", label=label, **style) for label, style in marks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, columnspacing=1)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, columnspacing=1
+    )
     save(figure, "map")
 
 
@@ -730,7 +930,11 @@ def save(figure, name: str):
 
 
 def report():
-    found = {c: data.read_json(FOLDER / c.file) for c in [*MAIN, *REWARD, *MAP] if (FOLDER / c.file).exists()}
+    found = {
+        c: data.read_json(FOLDER / c.file)
+        for c in [*MAIN, *REWARD, *MAP]
+        if (FOLDER / c.file).exists()
+    }
     for c in [*MAIN, *REWARD]:
         if c in found:
             show_condition(found[c])
@@ -786,8 +990,14 @@ def run(out: Path):
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("--out", type=Path, default=Path("runs/credit"), help="folder of bases and true gradients")
-    parser.add_argument("--plot", action="store_true", help="figures and tables of what is measured, and nothing else")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/credit"), help="folder of bases and true gradients"
+    )
+    parser.add_argument(
+        "--plot",
+        action="store_true",
+        help="figures and tables of what is measured, and nothing else",
+    )
     args = parser.parse_args()
     if args.plot:
         return report()

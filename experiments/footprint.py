@@ -63,17 +63,27 @@ ENCODER = EncoderConfig(num_layers=16, output_dim=256)
 SHAPES = {
     "granite-4.0-1b-speech": SpeechConfig(
         replace(ENCODER, output_dim=348),
-        text_config=TextConfig(100353, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4),
+        text_config=TextConfig(
+            100353, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4
+        ),
         audio_token_index=100352,
         tie_word_embeddings=False,
     ),
     "granite-speech-3.3-2b": SpeechConfig(ENCODER),
-    "granite-speech-3.3-8b": SpeechConfig(ENCODER, text_config=TextConfig(hidden_size=4096, intermediate_size=12800)),
+    "granite-speech-3.3-8b": SpeechConfig(
+        ENCODER, text_config=TextConfig(hidden_size=4096, intermediate_size=12800)
+    ),
 }
 NARROW = replace(SpeechConfig.compact(64, 42, 63), text_config=TextConfig(64, 32, 32, 40, 2, 1))
 # GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, its Ada white paper for the RTX 4090.
-GPUS = {"RTX 4090": (24, 1008, 165.2e12), "L40S": (48, 864, 362.05e12), "H100 SXM": (80, 3350, 989.4e12)}
-LAUNCH = 2.5e-6  # seconds from one kernel of a CUDA graph to the next, where they are short: assumed
+GPUS = {
+    "RTX 4090": (24, 1008, 165.2e12),
+    "L40S": (48, 864, 362.05e12),
+    "H100 SXM": (80, 3350, 989.4e12),
+}
+LAUNCH = (
+    2.5e-6  # seconds from one kernel of a CUDA graph to the next, where they are short: assumed
+)
 PROMPTS, RESPONSES, TOKENS, AUDIO, TEXT = 6, 8, 200, 15, 50
 PARTS = ("hearing", "sampling", "reference", "update")
 
@@ -97,7 +107,9 @@ class Meter(TorchDispatchMode):
                 weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.live)
         # The CPU's attention kernels are not in PyTorch's list of formulas; CUDA's of the same arguments are.
-        packet = getattr(torch.ops.aten, func._overloadpacket.__name__.replace("_for_cpu", ""), None)
+        packet = getattr(
+            torch.ops.aten, func._overloadpacket.__name__.replace("_for_cpu", ""), None
+        )
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
@@ -116,7 +128,9 @@ def build(config: SpeechConfig, device: str):
         model = SpeechLM(config).eval()
     torch.set_default_dtype(torch.float32)
     apply_lora(model, r=64, alpha=128, dropout=0.05)
-    return model, torch.optim.AdamW(lora_parameters(model).values(), lr=5e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    return model, torch.optim.AdamW(
+        lora_parameters(model).values(), lr=5e-6, betas=(0.9, 0.95), weight_decay=0.0
+    )
 
 
 @torch.no_grad()
@@ -126,13 +140,17 @@ def embed(model, audio):
 
 
 def sample(model, prompts, T: int):
-    return model.sample(prompts, torch.rand(PROMPTS, RESPONSES, T, device=model.device), -1, 1.0, 0.9).tokens
+    return model.sample(
+        prompts, torch.rand(PROMPTS, RESPONSES, T, device=model.device), -1, 1.0, 0.9
+    ).tokens
 
 
 @torch.no_grad()
 def reference(model, prompts, tokens):
     with lora_disabled(model):
-        return model.response_logp(prompts, tokens, torch.full_like(tokens[..., 0], tokens.shape[2]))[0]
+        return model.response_logp(
+            prompts, tokens, torch.full_like(tokens[..., 0], tokens.shape[2])
+        )[0]
 
 
 def update(model, adam, prompts, tokens, ref_logp):
@@ -177,7 +195,11 @@ def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
             for i in range(PROMPTS):
                 update(model, adam, prompts[[i]], tokens[[i]], ref_logp[i])
     parameters = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return {"parameters": parameters, "peak_gb": peak, "seconds": {torch.cuda.get_device_name(): took} if gpu else took}
+    return {
+        "parameters": parameters,
+        "peak_gb": peak,
+        "seconds": {torch.cuda.get_device_name(): took} if gpu else took,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,33 +263,56 @@ def compute(config: SpeechConfig, host: dict) -> dict:
         model, adam = build(config, "cpu")
         c, text = config.text_config, model.language_model
         lora = sum(p.numel() for p in lora_parameters(model).values())
-        parameters, decoder = (sum(p.numel() for p in part.parameters()) - lora for part in (model, text))
-        mel, frames = torch.empty(PROMPTS, 50 * AUDIO, 160, dtype=model.dtype), torch.full((PROMPTS,), 50 * AUDIO)
-        heard = torch.empty(PROMPTS, model.projector.count(50 * AUDIO), c.hidden_size, dtype=model.dtype)
+        parameters, decoder = (
+            sum(p.numel() for p in part.parameters()) - lora for part in (model, text)
+        )
+        mel, frames = (
+            torch.empty(PROMPTS, 50 * AUDIO, 160, dtype=model.dtype),
+            torch.full((PROMPTS,), 50 * AUDIO),
+        )
+        heard = torch.empty(
+            PROMPTS, model.projector.count(50 * AUDIO), c.hidden_size, dtype=model.dtype
+        )
         prompts = embed(model, list(heard))
         tokens = torch.zeros(PROMPTS, RESPONSES, TOKENS, dtype=torch.int64)
         one, ref_logp = (prompts[[0]], tokens[[0]]), torch.zeros(RESPONSES, TOKENS)
         peak, flops = {}, {}
         for name, run in (
-            ("hearing", torch.no_grad()(lambda: model.projector(model.encoder(mel, frames)[0], frames))),
+            (
+                "hearing",
+                torch.no_grad()(lambda: model.projector(model.encoder(mel, frames)[0], frames)),
+            ),
             ("sampling", lambda: sample(model, prompts, TOKENS)),
             ("reference", lambda: reference(model, *one)),
             ("update", lambda: update(model, adam, *one, ref_logp)),
-            ("update", lambda: update(model, adam, *one, ref_logp)),  # again, now that AdamW's moments are there
+            (
+                "update",
+                lambda: update(model, adam, *one, ref_logp),
+            ),  # again, now that AdamW's moments are there
         ):
             meter.peak, meter.flops = meter.live, 0
             run()
             peak[name], flops[name] = meter.peak / 1e9, meter.flops * PROMPTS
     width = c.num_key_value_heads * text.model.layers[0].self_attn.head_dim
-    cache = 2 * 2 * c.num_hidden_layers * width * PROMPTS * RESPONSES * (prompts.x.shape[1] + TOKENS)
+    cache = (
+        2 * 2 * c.num_hidden_layers * width * PROMPTS * RESPONSES * (prompts.x.shape[1] + TOKENS)
+    )
     kernels, seconds = asked[1] - asked[0], {}
     for gpu, (memory, bandwidth, rate) in GPUS.items():
         if 1.1 * max(peak.values()) + 0.5 <= memory:
             least = {name: flops[name] / (0.4 * rate) for name in ("reference", "update")}
             token = max(LAUNCH * kernels, (2 * decoder + 2 * lora + cache) / 1e9 / bandwidth)
-            seconds[gpu] = {"sampling": 3 * host["sampling"] + (TOKENS - 2) * token}  # two tokens and the capture
+            seconds[gpu] = {
+                "sampling": 3 * host["sampling"] + (TOKENS - 2) * token
+            }  # two tokens and the capture
             seconds[gpu] |= {name: max(host[name], least[name]) for name in PARTS[2:]}
-    sizes = {"parameters": parameters, "decoder": decoder, "lora": lora, "cache_gb": cache / 1e9, "kernels": kernels}
+    sizes = {
+        "parameters": parameters,
+        "decoder": decoder,
+        "lora": lora,
+        "cache_gb": cache / 1e9,
+        "kernels": kernels,
+    }
     tflop = {name: flops[name] / 1e12 for name in PARTS[2:]}
     return {**sizes, "peak_gb": peak, "tflop": tflop, "seconds": seconds}
 
@@ -275,14 +320,30 @@ def compute(config: SpeechConfig, host: dict) -> dict:
 def show(step: dict):
     gpus = list(dict.fromkeys(gpu for shape in step["shapes"].values() for gpu in shape["seconds"]))
     heads = ["model", "parameters", *(f"{part}, GB" for part in PARTS), "with allowance, GB", *gpus]
-    print(f"\n{step['how']}; a step's seconds are sampling + reference + update\n\n| " + " | ".join(heads) + " |")
+    print(
+        f"\n{step['how']}; a step's seconds are sampling + reference + update\n\n| "
+        + " | ".join(heads)
+        + " |"
+    )
     print("|---" * len(heads) + "|")
     for name, shape in step["shapes"].items():
         peak = [shape["peak_gb"][part] for part in PARTS]
-        cells = [name, f"{shape['parameters'] / 1e9:.2f}e9", *(f"{gb:.1f}" for gb in [*peak, 1.1 * max(peak) + 0.5])]
+        cells = [
+            name,
+            f"{shape['parameters'] / 1e9:.2f}e9",
+            *(f"{gb:.1f}" for gb in [*peak, 1.1 * max(peak) + 0.5]),
+        ]
         for gpu in gpus:
-            took = [shape["seconds"][gpu][part] for part in PARTS[1:]] if gpu in shape["seconds"] else []
-            cells.append(f"{sum(took):.1f} s = " + " + ".join(f"{t:.1f}" for t in took) if took else "too small")
+            took = (
+                [shape["seconds"][gpu][part] for part in PARTS[1:]]
+                if gpu in shape["seconds"]
+                else []
+            )
+            cells.append(
+                f"{sum(took):.1f} s = " + " + ".join(f"{t:.1f}" for t in took)
+                if took
+                else "too small"
+            )
         print("| " + " | ".join(cells) + " |")
 
 
@@ -318,29 +379,50 @@ def load(config: SpeechConfig) -> dict:
                 files, part, size = files | dict.fromkeys(part, file), {}, 0
         Path(folder, "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         Path(folder, "config.json").write_text(json.dumps(asdict(config)))
-        memory = int(subprocess.run([sys.executable, "-c", LOADER, folder], check=True, stdout=subprocess.PIPE).stdout)
-    print(f"{total / 1e9:.2f} GB of weights took {memory / 1e9:.2f} GB of memory, {memory / total:.3f} times as much")
+        memory = int(
+            subprocess.run(
+                [sys.executable, "-c", LOADER, folder], check=True, stdout=subprocess.PIPE
+            ).stdout
+        )
+    print(
+        f"{total / 1e9:.2f} GB of weights took {memory / 1e9:.2f} GB of memory, {memory / total:.3f} times as much"
+    )
     return {"weights_gb": total / 1e9, "memory_gb": memory / 1e9, "ratio": memory / total}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", action="store_true", help="host memory of loading a checkpoint of the 2B shape")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", action="store_true", help="host memory of loading a checkpoint of the 2B shape"
+    )
     args = parser.parse_args()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"processor": processor(), "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
+    machine = {
+        "processor": processor(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     path = RESULTS / "footprint.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     if args.load:
         result["load"] = {**load(SHAPES["granite-speech-3.3-2b"]), "machine": machine}
     else:
-        step = result["step"] = {"how": "measured" if gpu else "computed", "machine": machine, "shapes": {}}
+        step = result["step"] = {
+            "how": "measured" if gpu else "computed",
+            "machine": machine,
+            "shapes": {},
+        }
         if not gpu:
             host = step["host_seconds"] = measure(NARROW, "cpu", 1, 20)["seconds"]
             host["sampling"] /= 20  # of a token
         for name, config in tqdm(SHAPES.items()):
             with contextlib.suppress(torch.OutOfMemoryError):  # then it is not in the table
-                step["shapes"][name] = measure(config, "cuda", AUDIO, TOKENS) if gpu else compute(config, host)
+                step["shapes"][name] = (
+                    measure(config, "cuda", AUDIO, TOKENS) if gpu else compute(config, host)
+                )
         show(step)
     path.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -18,7 +18,13 @@ from statistics import mean, stdev
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("BLEU greedy", "BLEU sampled", "exact match %", "slots heard %", "slots, audio swapped %")
+COLUMNS = (
+    "BLEU greedy",
+    "BLEU sampled",
+    "exact match %",
+    "slots heard %",
+    "slots, audio swapped %",
+)
 
 
 def processor() -> str:
@@ -58,16 +64,24 @@ def show():
     for (task, algo, base), runs in sorted(groups.items()):
         cells = []
         for column in (c for c in COLUMNS if c in runs[0]["base"]):
-            before, after = (mean(run[when][column] for run in runs) for when in ("base", "trained"))
-            spread = f" ± {stdev(run['trained'][column] for run in runs):.1f}" if len(runs) > 1 else ""
+            before, after = (
+                mean(run[when][column] for run in runs) for when in ("base", "trained")
+            )
+            spread = (
+                f" ± {stdev(run['trained'][column] for run in runs):.1f}" if len(runs) > 1 else ""
+            )
             cells.append(f"{before:.1f} → {after:.1f}{spread}")
         print(f"| {task}, {algo}, base {base} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
-    parser.add_argument("--metrics", action="store_true", help="keep the metrics of every step, too")
+    parser.add_argument(
+        "--metrics", action="store_true", help="keep the metrics of every step, too"
+    )
     args = parser.parse_args()
     for run in args.runs:
         keep(run, args.metrics)

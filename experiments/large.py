@@ -49,10 +49,16 @@ from experiments.keep import RESULTS, processor
 from lora import lora_disabled, lora_parameters
 from model import SpeechConfig
 
-CFG = train.Config(steps=150, lr=4e-3, eval_every=0, device="cpu", dtype="float32")  # rate: experiments.compare
+CFG = train.Config(
+    steps=150, lr=4e-3, eval_every=0, device="cpu", dtype="float32"
+)  # rate: experiments.compare
 CPU = torch.device("cpu")
 NAMES = {"sft-target": "SFT on targets", "sft-reference": "SFT on references", "grpo": "GRPO"}
-GRID = {"sft-target": (3e-4, 1e-3, 3e-3), "sft-reference": (3e-4, 1e-3, 3e-3), "grpo": (3e-4, 1e-3, 3e-3)}
+GRID = {
+    "sft-target": (3e-4, 1e-3, 3e-3),
+    "sft-reference": (3e-4, 1e-3, 3e-3),
+    "grpo": (3e-4, 1e-3, 3e-3),
+}
 GRID_SEED = 1000  # of no run that is compared
 POINTS = 5  # of a run's validation curve
 FIGURES = ("BLEU greedy", "BLEU sampled", "exact match %")
@@ -72,10 +78,18 @@ def larger(*sizes) -> SpeechConfig:
     return replace(
         c,
         encoder_config=replace(c.encoder_config, num_layers=6, hidden_dim=144, dim_head=36),
-        projector_config=replace(c.projector_config, hidden_size=144, intermediate_size=288, encoder_hidden_size=144),
-        text_config=replace(c.text_config, num_hidden_layers=6, hidden_size=192, intermediate_size=384,
-                            num_attention_heads=6, num_key_value_heads=3),
-    )  # fmt: skip
+        projector_config=replace(
+            c.projector_config, hidden_size=144, intermediate_size=288, encoder_hidden_size=144
+        ),
+        text_config=replace(
+            c.text_config,
+            num_hidden_layers=6,
+            hidden_size=192,
+            intermediate_size=384,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+        ),
+    )
 
 
 COMPACT = SpeechConfig.compact
@@ -92,14 +106,19 @@ class Side:
     @cached_property
     def splits(self) -> dict[str, data.Split]:
         """Made when first asked for, and the base with them: nothing is where all runs are finished."""
-        splits = {name: data.Split(name, rows, self.cfg.cache_gb) for name, rows in train.load_rows(self.cfg).items()}
+        splits = {
+            name: data.Split(name, rows, self.cfg.cache_gb)
+            for name, rows in train.load_rows(self.cfg).items()
+        }
         with mock.patch.object(SpeechConfig, "compact", SHAPES[self.size]):
             train.make_base(self.cfg, splits["train"], self.cfg.base_folder, CPU)
         return splits
 
     def load(self, kind: str, *names: str):
         """The base, its tokenizer, and the splits of these names as it hears them in a run of this kind."""
-        splits = [self.splits[name] for name in names]  # before the base is loaded: this may have to train it
+        splits = [
+            self.splits[name] for name in names
+        ]  # before the base is loaded: this may have to train it
         model, tokenizer = train.load(self.cfg, CPU, torch.float32)
         for split in splits:
             listen(split, model, tokenizer, kind)
@@ -107,7 +126,9 @@ class Side:
 
 
 def open_side(size: str, out: Path, base_seed: int) -> Side:
-    return Side(size, replace(CFG, base_seed=base_seed, base=str(out / f"base-{size}-seed{base_seed}")))
+    return Side(
+        size, replace(CFG, base_seed=base_seed, base=str(out / f"base-{size}-seed{base_seed}"))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +170,10 @@ def watched(fit, validate):
         def one_step(step):
             wall, cpu = time.perf_counter(), time.process_time()
             metrics = step_fn(step)
-            metrics |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            metrics |= {
+                "seconds": time.perf_counter() - wall,
+                "cpu_seconds": time.process_time() - cpu,
+            }
             if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
                 metrics["validation"] = validate()
             return metrics
@@ -161,8 +185,14 @@ def watched(fit, validate):
 
 def read(model, tokenizer, split: data.Split, cfg) -> dict[str, float]:
     """Of greedy answers: how right they are, and how well the recording was heard, whatever the wording."""
-    answers, references = train.answer(model, tokenizer, split, cfg), [row["reference"] for row in split.rows]
-    bleu, slots = data.corpus_bleu(answers, references, lowercase=True), data.slot_accuracy(answers, split.rows)
+    answers, references = (
+        train.answer(model, tokenizer, split, cfg),
+        [row["reference"] for row in split.rows],
+    )
+    bleu, slots = (
+        data.corpus_bleu(answers, references, lowercase=True),
+        data.slot_accuracy(answers, split.rows),
+    )
     return {"BLEU greedy": bleu, "slots heard %": 100 * slots}
 
 
@@ -170,10 +200,16 @@ def supervise(cfg, model, tokenizer, rows: data.Split, told: str, folder: Path) 
     """Full SFT on the texts that rows have as `told`. Returns what was trained, by name."""
     rows = copy.copy(rows)
     rows.rows = [row | {"target": row[told]} for row in rows.rows]
-    cfg = replace(cfg, base_seed=1000 * (cfg.seed + 1) + cfg.base_seed)  # it keys the order of rows: not the base's
+    cfg = replace(
+        cfg, base_seed=1000 * (cfg.seed + 1) + cfg.base_seed
+    )  # it keys the order of rows: not the base's
     train.train_sft(cfg, model, tokenizer, rows, folder, freeze_encoder=True)
     parts = {"projector": model.projector, "language_model": model.language_model}
-    return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+    return {
+        f"{part}.{name}": p
+        for part, module in parts.items()
+        for name, p in module.named_parameters()
+    }
 
 
 def reinforce(cfg, model, tokenizer, rows: data.Split, folder: Path) -> dict:
@@ -182,7 +218,9 @@ def reinforce(cfg, model, tokenizer, rows: data.Split, folder: Path) -> dict:
         train.adapt(cfg, model)
         trained, reference = lora_parameters(model), lora_disabled
     else:
-        trained = {f"language_model.{name}": p for name, p in model.language_model.named_parameters()}
+        trained = {
+            f"language_model.{name}": p for name, p in model.language_model.named_parameters()
+        }
         reference = held(trained)
     train.train_policy(cfg, model, tokenizer, rows, None, folder, trained, reference)
     return trained
@@ -196,7 +234,9 @@ def post_train(side: Side, kind: str, steps: int, lr: float, seed: int, folder: 
     model, tokenizer, rows, validation = side.load(kind, "train", "validation")
     cfg = side.cfg
     size = sum(p.numel() for p in model.parameters())
-    with mock.patch.object(train, "fit", watched(train.fit, lambda: read(model, tokenizer, validation, cfg))):
+    with mock.patch.object(
+        train, "fit", watched(train.fit, lambda: read(model, tokenizer, validation, cfg))
+    ):
         if is_sft(kind):
             log, counted, per_step = "sft.jsonl", "answers", cfg.base_batch
             cfg = replace(cfg, seed=seed, sft_steps=steps, sft_lr=lr)
@@ -210,15 +250,19 @@ def post_train(side: Side, kind: str, steps: int, lr: float, seed: int, folder: 
         took = {clock: past + line[clock] for clock, past in took.items()}
         if "validation" in line:
             curve.append({"step": line["step"], **took, **line["validation"]})
-    return model, tokenizer, {
-        "parameters": size,
-        "trained_parameters": sum(p.numel() for p in trained.values()),
-        "lr": lr,
-        "steps": steps,
-        counted: steps * per_step,
-        **took,
-        "validation": curve,
-    }  # fmt: skip
+    return (
+        model,
+        tokenizer,
+        {
+            "parameters": size,
+            "trained_parameters": sum(p.numel() for p in trained.values()),
+            "lr": lr,
+            "steps": steps,
+            counted: steps * per_step,
+            **took,
+            "validation": curve,
+        },
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,9 +293,13 @@ def base_figures(side: Side, folder: Path) -> dict:
 def tested(side: Side, kind: str, steps: int, lr: float, seed: int, folder: Path) -> dict:
     """A run, and its one look at the test split."""
     model, tokenizer, figures = post_train(side, kind, steps, lr, seed, folder)
-    listen(side.splits["test"], model, tokenizer, "leaf")  # trained to its end, the projector is frozen
+    listen(
+        side.splits["test"], model, tokenizer, "leaf"
+    )  # trained to its end, the projector is frozen
     predictions = folder / "predictions.jsonl"
-    return figures | {"test": train.evaluate(model, tokenizer, side.splits["test"], side.cfg, predictions)}
+    return figures | {
+        "test": train.evaluate(model, tokenizer, side.splits["test"], side.cfg, predictions)
+    }
 
 
 def settle(side: Side, folder: Path) -> dict[str, dict]:
@@ -260,28 +308,43 @@ def settle(side: Side, folder: Path) -> dict[str, dict]:
     for kind, rates in GRID.items():
         steps = CFG.steps // (2 if is_sft(kind) else 4)
         runs = [
-            done(folder / f"{kind}-{lr:g}.json", lambda place: post_train(side, kind, steps, lr, GRID_SEED, place)[2])
+            done(
+                folder / f"{kind}-{lr:g}.json",
+                lambda place: post_train(side, kind, steps, lr, GRID_SEED, place)[2],
+            )
             for lr in rates
         ]
         ends = [run["validation"][-1]["BLEU greedy"] for run in runs]
         best = runs[ends.index(max(ends))]
-        chosen[kind] = {"lr": best["lr"], "step_seconds": best["cpu_seconds"] / steps, "grid": dict(zip(rates, ends))}
+        chosen[kind] = {
+            "lr": best["lr"],
+            "step_seconds": best["cpu_seconds"] / steps,
+            "grid": dict(zip(rates, ends)),
+        }
         print(f"{NAMES[kind]}: learning rate {best['lr']:g}, of {chosen[kind]['grid']}")
     return chosen
 
 
 def compare(sides: dict[str, Side], settled: dict, seed: int, folder: Path) -> dict[str, dict]:
     """All methods from one base of each size, with one seed: figures by method."""
-    small = done(folder / "leaf.json", lambda place: tested(sides["small"], "leaf", CFG.steps, CFG.lr, seed, place))
+    small = done(
+        folder / "leaf.json",
+        lambda place: tested(sides["small"], "leaf", CFG.steps, CFG.lr, seed, place),
+    )
     runs = {"small, LEAF + LoRA": small}
     for kind, chosen in settled.items():
         same = "answers" if is_sft(kind) else "rollouts"
         per_step = CFG.base_batch if is_sft(kind) else CFG.prompts * CFG.responses
-        budgets = {"time": small["cpu_seconds"] / chosen["step_seconds"], same: small["rollouts"] / per_step}
+        budgets = {
+            "time": small["cpu_seconds"] / chosen["step_seconds"],
+            same: small["rollouts"] / per_step,
+        }
         for budget, steps in budgets.items():
             runs[f"large, {NAMES[kind]}, equal {budget}"] = done(
                 folder / f"{kind}-{budget}.json",
-                lambda place: tested(sides["large"], kind, max(1, round(steps)), chosen["lr"], seed, place),
+                lambda place: tested(
+                    sides["large"], kind, max(1, round(steps)), chosen["lr"], seed, place
+                ),
             )
     return runs
 
@@ -297,7 +360,11 @@ def interval(differences: dict[tuple[int, int], float]) -> dict:
     for (base, seed), difference in differences.items():
         clusters.setdefault(base if several else seed, []).append(difference)
     value, half = clustered_interval(clusters)
-    return {"mean": value, "half_width_95": half if len(clusters) > 1 else None, "units": len(clusters)}
+    return {
+        "mean": value,
+        "half_width_95": half if len(clusters) > 1 else None,
+        "units": len(clusters),
+    }
 
 
 def summarise(runs: dict[tuple[int, int], dict], untrained: dict[str, dict], settled: dict) -> dict:
@@ -306,11 +373,16 @@ def summarise(runs: dict[tuple[int, int], dict], untrained: dict[str, dict], set
     methods = {}
     for method in (leaf, *others):
         mine = {at: run[method] for at, run in runs.items()}
-        numbers = [key for key, value in mine[next(iter(mine))].items() if isinstance(value, (int, float))]
+        numbers = [
+            key for key, value in mine[next(iter(mine))].items() if isinstance(value, (int, float))
+        ]
         methods[method] = {key: mean(run[key] for run in mine.values()) for key in numbers}
         for name in FIGURES:
             values = {at: run["test"][name] for at, run in mine.items()}
-            figure = {"mean": mean(values.values()), "std": stdev(values.values()) if len(values) > 1 else None}
+            figure = {
+                "mean": mean(values.values()),
+                "std": stdev(values.values()) if len(values) > 1 else None,
+            }
             if method != leaf:
                 ahead = {at: runs[at][leaf]["test"][name] - value for at, value in values.items()}
                 figure["LEAF ahead"] = interval(ahead)
@@ -328,15 +400,34 @@ def show(summary: dict):
     columns = [*heads, *FIGURES, "LEAF ahead, BLEU greedy"]
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for size, untrained in summary["untrained"].items():
-        scores = [f"{mean(base['test'][name] for base in untrained.values()):.1f}" for name in FIGURES]
-        cells = [f"{size}, base", f"{next(iter(untrained.values()))['parameters']:,}", "", "", "", "", *scores, ""]
+        scores = [
+            f"{mean(base['test'][name] for base in untrained.values()):.1f}" for name in FIGURES
+        ]
+        cells = [
+            f"{size}, base",
+            f"{next(iter(untrained.values()))['parameters']:,}",
+            "",
+            "",
+            "",
+            "",
+            *scores,
+            "",
+        ]
         print("| " + " | ".join(cells) + " |")
     for method, figures in summary["methods"].items():
-        counts = [figures.get(key) for key in ("parameters", "trained_parameters", "rollouts", "answers")]
-        cells = [method, *(f"{n:,.0f}" if n else "" for n in counts), f"{figures['cpu_seconds']:.0f}"]
+        counts = [
+            figures.get(key) for key in ("parameters", "trained_parameters", "rollouts", "answers")
+        ]
+        cells = [
+            method,
+            *(f"{n:,.0f}" if n else "" for n in counts),
+            f"{figures['cpu_seconds']:.0f}",
+        ]
         for name in FIGURES:
             spread = figures[name]["std"]
-            cells.append(f"{figures[name]['mean']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""))
+            cells.append(
+                f"{figures[name]['mean']:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+            )
         ahead = figures["BLEU greedy"].get("LEAF ahead", {"mean": None})
         half = f" ± {ahead['half_width_95']:.1f}" if ahead.get("half_width_95") is not None else ""
         cells.append(f"{ahead['mean']:+.1f}{half}" if ahead["mean"] is not None else "")
@@ -344,10 +435,18 @@ def show(summary: dict):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bases and of every finished run")
-    parser.add_argument("--bases", type=int, nargs="+", default=[0], help="seeds of the bases and of the data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="of rollouts and order of rows")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the bases and of every finished run"
+    )
+    parser.add_argument(
+        "--bases", type=int, nargs="+", default=[0], help="seeds of the bases and of the data"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(range(5)), help="of rollouts and order of rows"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     grid = {kind: list(rates) for kind, rates in GRID.items()}
@@ -362,7 +461,9 @@ def main():
                 untrained[size][base] = done(path, lambda place: base_figures(side, place))
             settled = settled or settle(sides["large"], args.out / "grid")  # on the first base
             for seed in args.seeds:
-                runs[base, seed] = compare(sides, settled, seed, args.out / f"base{base}-seed{seed}")
+                runs[base, seed] = compare(
+                    sides, settled, seed, args.out / f"base{base}-seed{seed}"
+                )
         summary = summarise(runs, untrained, settled)
         summary["machine"] = {"processor": processor(), "torch": torch.__version__, "threads": 1}
         for folder, name in ((args.out, "summary.json"), (RESULTS, "large.json")):

@@ -1,32 +1,162 @@
-"""The methods under comparison: each is a set of train.py's flags, and `--algo leaf` is the paper's method.
+"""The methods under comparison, and all of them that is not the paper's.
 
-`leaf.grpo_advantages` divides by max(std, floor): the authors' floor of 1/3 is above the spread that BLEU rewards
-have, and a floor of 1 above what rewards in [0, 1] can have, so the latter is r - mean r: RLOO's advantage times
-(K - 1) / K (Ahmadian et al. 2024).
+A method is a set of train.py's flags, and where flags do not suffice a credit rule, of the form of
+train.credit, that train.train_policy is handed instead of it:
+
+    rule(cfg, tokens, lengths, surprisal, rewards) -> advantages (K, T), boundaries
+
+`--algo leaf` is the paper's method. The leave-one-out variant is ours; random and even boundaries
+are ablations. `leaf.grpo_advantages` divides by max(std, floor): the authors' floor of 1/3 is above
+the spread that BLEU rewards have, and a floor of 1 above what rewards in [0, 1] can have, so the
+latter is r - mean r: RLOO's advantage times (K - 1) / K (Ahmadian et al. 2024).
 """
 
-BASELINE, PLAIN = "GRPO, floor 1/3", "GRPO, plain std"
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import stdev
+
+import torch
+
+import leaf
+import train
+
+# --------------------------------------------------------------------------------------------------
+# Boundaries that know nothing of surprisal
+
+
+def random_boundaries(lengths, fork_budget: int, generator=None, min_prefix: int = 1) -> list[int]:
+    """Positions in uniformly random order instead of by surprisal, under the same separation."""
+    first = max(1, min_prefix)
+    longest = max(int(n) for n in lengths)
+    shuffled = torch.randperm(max(0, longest - first), generator=generator) + first
+    distance = leaf.separation(lengths, fork_budget)
+    return leaf.keep_apart(shuffled.tolist(), fork_budget, distance)
+
+
+def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]:
+    """Evenly spaced, at floor(l_min k / (B + 1)) for k = 1..B."""
+    shortest = min(int(n) for n in lengths)
+    spots = {shortest * k // (fork_budget + 1) for k in range(1, fork_budget + 1)}
+    return sorted(b for b in spots if b >= max(1, min_prefix))
+
+
+# --------------------------------------------------------------------------------------------------
+# Leave-one-out credit, our variant of steps 4 and 5
+
+
+def leave_one_out_credits(lengths, rewards, nodes: list[leaf.Node]) -> list[leaf.Span]:
+    """r_i minus a value, of the prefix so far, that r_i has no part in.
+
+    V_i(v0) is the mean reward of the other responses. At a node v it is V(v) with the value before
+    it, V_i(u), in the place of r_i. So for given boundaries the gradient is unbiased: a baseline
+    may depend on the prefix and on the other responses, and on nothing else. Spans as
+    leaf.span_credits has them; at least two responses.
+    """
+    rewards = [float(r) for r in rewards]
+    spans = []
+    for i, length in enumerate(int(n) for n in lengths):
+        start = 0
+        value = (sum(rewards) - rewards[i]) / (len(rewards) - 1)
+        for node in leaf.path_of(i, nodes):
+            end = min(node.boundary, length)
+            if start < end:
+                spans.append(leaf.Span(i, start, end, rewards[i] - value))
+            start = end
+            value = node.value + (value - rewards[i]) / len(node.members)
+        if start < length:
+            spans.append(leaf.Span(i, start, length, rewards[i] - value))
+    return spans
+
+
+def leave_one_out(
+    tokens, lengths, rewards, boundaries: list[int], normalize: bool = True
+) -> torch.Tensor:
+    """The variant's advantages (K, T), arguments as in leaf.leaf_advantages.
+
+    normalize: divide as GRPO does. A z-score would weigh prompts and spans by what happened to be
+    sampled.
+    """
+    rewards = [float(r) for r in rewards]
+    if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
+        return torch.zeros(tokens.shape, device=tokens.device)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    spans = leave_one_out_credits(lengths, rewards, nodes)
+    if normalize:
+        scale = max(stdev(rewards), 1 / 3) + 1e-6
+        spans = [span._replace(credit=span.credit / scale) for span in spans]
+    return leaf.token_credits(spans, tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# Credit rules. Their names are stored with a run's checkpoints.
+
+
+def credit_leave_one_out(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """Our variant, at LEAF's boundaries."""
+    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget)
+    return leave_one_out(tokens, lengths, rewards, boundaries), boundaries
+
+
+def credit_random_boundaries(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """LEAF at boundaries from torch's global generator, which train_policy seeds at every step."""
+    return leaf_at(random_boundaries(lengths, cfg.fork_budget), cfg, tokens, lengths, rewards)
+
+
+def credit_even_boundaries(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """LEAF at evenly spaced boundaries."""
+    return leaf_at(even_boundaries(lengths, cfg.fork_budget), cfg, tokens, lengths, rewards)
+
+
+def leaf_at(boundaries: list[int], cfg: train.Config, tokens, lengths, rewards):
+    """What a rule of LEAF's returns that has boundaries of its own."""
+    advantages = leaf.leaf_advantages(
+        tokens,
+        lengths,
+        None,
+        rewards,
+        terms=cfg.terms,
+        multiplicity=cfg.multiplicity,
+        boundaries=boundaries,
+    )
+    return advantages, boundaries
+
+
+# --------------------------------------------------------------------------------------------------
+# The methods
+
+
+@dataclass(frozen=True)
+class Method:
+    flags: dict  # of train.Config
+    credit: Callable = train.credit
+
+
+BASELINE = "GRPO, floor 1/3"
+PLAIN = "GRPO, plain std"
+OURS = "leave-one-out"
 MAIN = {
-    "LEAF": {},
-    BASELINE: {"algo": "grpo"},
-    PLAIN: {"algo": "grpo", "std_floor": 0.0},
+    "LEAF": Method({}),
+    BASELINE: Method({"algo": "grpo"}),
+    PLAIN: Method({"algo": "grpo", "std_floor": 0.0}),
 }
+VARIANT = {OURS: Method({}, credit_leave_one_out)}
 ABLATIONS = {
-    "mean baseline": {"algo": "grpo", "std_floor": 1.0},
-    "GA only": {"terms": "global"},
-    "LA only": {"terms": "local"},
-    "no multiplicity": {"multiplicity": False},
-    "random boundaries": {"boundaries": "random"},
-    "even boundaries": {"boundaries": "even"},
-    "B=1": {"fork_budget": 1},
-    "B=4": {"fork_budget": 4},
-    "B=8": {"fork_budget": 8},
+    "mean baseline": Method({"algo": "grpo", "std_floor": 1.0}),
+    "GA only": Method({"terms": "global"}),
+    "LA only": Method({"terms": "local"}),
+    "no multiplicity": Method({"multiplicity": False}),
+    "random boundaries": Method({}, credit_random_boundaries),
+    "even boundaries": Method({}, credit_even_boundaries),
+    "B=1": Method({"fork_budget": 1}),
+    "B=4": Method({"fork_budget": 4}),
+    "B=8": Method({"fork_budget": 8}),
 }
-OURS = "leave-one-out"  # see leaf.leave_one_out_credits
-VARIANT = {OURS: {"terms": "leave-one-out"}}
 METHODS = MAIN | VARIANT | ABLATIONS
 
 
-def with_responses(overrides: dict, K: int, sampled: int = 64) -> dict:
-    """A method with K responses to each prompt, and so many prompts per rollout batch that as many are sampled."""
-    return overrides | {"responses": K, "prompts": sampled // K, "update_prompts": sampled // K // 2}
+def with_responses(method: Method, K: int, sampled: int = 64) -> Method:
+    """A method with K responses to each prompt, and so many prompts per rollout batch that as many
+    are sampled."""
+    prompts = sampled // K
+    sizes = {"responses": K, "prompts": prompts, "update_prompts": prompts // 2}
+    return replace(method, flags=method.flags | sizes)
