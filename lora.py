@@ -24,9 +24,7 @@ from safetensors.torch import save_file
 # The seven projections of every decoder layer. A plain list of suffixes would also match `up_proj`
 # and `down_proj` of the Conformer's feed-forwards; this pattern names the decoder, in our module
 # names and in transformers'.
-DECODER_TARGETS = (
-    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-)
+DECODER_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 # --------------------------------------------------------------------------------------------------

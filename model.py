@@ -3,9 +3,9 @@
 One architecture, that of IBM's Granite Speech (arXiv 2505.08699), in any size:
 
     log-mel (T, 160)  two 80-mel frames stacked, 50 per second (data.py)
-      -> encoder      Conformer with block-wise attention, Shaw relative positions, self-conditioned CTC
+      -> encoder      Conformer: block-wise attention, Shaw's positions, self-conditioned CTC
       -> projector    window Q-Former: 15 frames -> 3 embeddings, 10 per second
-      -> decoder      Granite: llama-like, with multipliers on embeddings, attention, residuals, logits
+      -> decoder      Granite: llama-like, with multipliers on what is added up
 
 Module names are the released safetensors names. Shapes in comments: B batch, T frames or response
 tokens, C channels, H heads, D head width, P prompts, K responses per prompt, L prompt length,
@@ -167,16 +167,14 @@ class ConformerFeedForward(nn.Module):
 
 
 class ConformerAttention(nn.Module):
-    """Self-attention inside blocks of `context_size` frames, with a learned embedding of each distance."""
+    """Self-attention in blocks of `context_size` frames, with an embedding of each distance."""
 
     def __init__(self, c: EncoderConfig):
         super().__init__()
         inner = c.num_heads * c.dim_head
-        self.num_heads, self.context_size, self.max_pos_emb = (
-            c.num_heads,
-            c.context_size,
-            c.max_pos_emb,
-        )
+        self.num_heads = c.num_heads
+        self.context_size = c.context_size
+        self.max_pos_emb = c.max_pos_emb
         self.pre_norm = nn.LayerNorm(c.hidden_dim)
         self.to_q = nn.Linear(c.hidden_dim, inner, bias=False)
         self.to_kv = nn.Linear(c.hidden_dim, 2 * inner, bias=False)
@@ -199,10 +197,8 @@ class ConformerAttention(nn.Module):
         k, v = map(heads, self.to_kv(x).chunk(2, dim=-1))
         scale = q.shape[-1] ** -0.5
         position = torch.arange(block, device=x.device)
-        distance = self.rel_pos_emb(
-            position[:, None] - position + self.max_pos_emb
-        )  # (block, block, D)
-        bias = torch.einsum("bhqd,qkd->bhqk", q, distance) * scale
+        distance = position[:, None] - position + self.max_pos_emb  # (block, block)
+        bias = torch.einsum("bhqd,qkd->bhqk", q, self.rel_pos_emb(distance)) * scale
         # A very negative number and not -inf: a block of padding alone must not turn into NaN.
         bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -234,9 +230,8 @@ class ConformerConv(nn.Module):
 
     def forward(self, x, mask):
         x = F.glu(self.up_conv(self.norm(x).transpose(1, 2)), dim=1)  # (B, C, T)
-        x = F.pad(
-            x * mask[:, None], self.padding
-        )  # beyond the end is silence, as for a single recording
+        # Beyond the end is silence, as for a single recording.
+        x = F.pad(x * mask[:, None], self.padding)
         x = self.depth_conv["conv"](x)
         x = F.silu(self.batch_norm(x.transpose(1, 2), mask))
         return self.dropout(self.down_conv(x.transpose(1, 2)).transpose(1, 2))
@@ -268,32 +263,34 @@ class CTCEncoder(nn.Module):
         self.out_mid = nn.Linear(c.output_dim, c.hidden_dim)
 
     def forward(self, mel, lengths):
-        """mel (B, T, 160), lengths (B,) in frames -> frames (B, T, C), CTC logits halfway (B, T, classes)."""
+        """mel (B, T, 160), lengths (B,) in frames -> frames (B, T, C) and, from half-way, CTC
+        logits (B, T, classes)."""
         mask = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
-        x, middle = self.input_linear(mel), None
+        x = self.input_linear(mel)
+        middle_logits = None
         for i, layer in enumerate(self.layers, start=1):
             x = layer(x, mask)
-            if (
-                i == len(self.layers) // 2
-            ):  # self-conditioning: later layers see the transcript so far
-                middle = self.out(x)
-                x = x + self.out_mid(middle.softmax(-1))
-        return x * mask[
-            ..., None
-        ], middle  # zeros past the end: what the projector's last window must see
+            if i == len(self.layers) // 2:  # later layers are told the transcript so far
+                middle_logits = self.out(x)
+                x = x + self.out_mid(middle_logits.softmax(-1))
+        # Zeros past the end are what the projector's last window must see.
+        return x * mask[..., None], middle_logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Projector: BLIP-2's Q-Former (Li et al. 2023), the same few queries in every window of 15 frames
 
 
-def to_residual(size_in: int, c: ProjectorConfig):
-    norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-    return nn.ModuleDict({"dense": nn.Linear(size_in, c.hidden_size), "LayerNorm": norm})
+class AddAndNorm(nn.Module):
+    """LayerNorm(W x + residual), the end of every part of a layer."""
 
+    def __init__(self, size_in: int, c: ProjectorConfig):
+        super().__init__()
+        self.dense = nn.Linear(size_in, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
-def add(output: nn.ModuleDict, x, residual):
-    return output["LayerNorm"](output["dense"](x) + residual)
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dense(x) + residual)
 
 
 class QFormerAttention(nn.Module):
@@ -304,16 +301,15 @@ class QFormerAttention(nn.Module):
         self.attention = nn.ModuleDict(
             {name: nn.Linear(size, c.hidden_size) for name, size in sizes.items()}
         )
-        self.output = to_residual(c.hidden_size, c)
+        self.output = AddAndNorm(c.hidden_size, c)
 
-    def forward(self, x, source):
+    def forward(self, x, source):  # (B, S, C), (B, S_source, C_source) -> (B, S, C)
         q, k, v = (
             self.attention[name](y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name, y in (("query", x), ("key", source), ("value", source))
-        )
-        return add(
-            self.output, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), x
-        )
+        )  # (B, H, S or S_source, D)
+        found = F.scaled_dot_product_attention(q, k, v)
+        return self.output(found.transpose(1, 2).flatten(2), x)
 
 
 class QFormerLayer(nn.Module):
@@ -322,25 +318,23 @@ class QFormerLayer(nn.Module):
         self.attention = QFormerAttention(c, c.hidden_size)
         if index % c.cross_attention_frequency == 0:
             self.crossattention = QFormerAttention(c, c.encoder_hidden_size)
-        self.intermediate_query = nn.ModuleDict(
-            {"dense": nn.Linear(c.hidden_size, c.intermediate_size)}
-        )
-        self.output_query = to_residual(c.intermediate_size, c)
+        dense = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.intermediate_query = nn.ModuleDict({"dense": dense})
+        self.output_query = AddAndNorm(c.intermediate_size, c)
 
     def forward(self, x, frames):
         x = self.attention(x, x)
         if hasattr(self, "crossattention"):
             x = self.crossattention(x, frames)
-        return add(self.output_query, F.gelu(self.intermediate_query["dense"](x)), x)
+        return self.output_query(F.gelu(self.intermediate_query["dense"](x)), x)
 
 
 class QFormer(nn.Module):
     def __init__(self, c: ProjectorConfig):
         super().__init__()
         self.layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.encoder = nn.ModuleDict(
-            {"layer": nn.ModuleList(QFormerLayer(c, i) for i in range(c.num_hidden_layers))}
-        )
+        layers = nn.ModuleList(QFormerLayer(c, i) for i in range(c.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
 
     def forward(self, queries, frames):
         x = self.layernorm(queries)
@@ -359,7 +353,8 @@ class Projector(nn.Module):
         self.linear = nn.Linear(c.projector_config.hidden_size, c.text_config.hidden_size)
 
     def forward(self, frames, lengths):
-        """frames (B, T, C), zeros past lengths (B,) -> audio embeddings (B, N, C_text) and how many are real (B,)."""
+        """frames (B, T, C), zeros past lengths (B,) -> audio embeddings (B, N, C_text), and how
+        many of them are real (B,)."""
         B, T, C = frames.shape
         n_windows = math.ceil(T / self.window_size)
         frames = F.pad(frames, (0, 0, 0, n_windows * self.window_size - T))
@@ -383,7 +378,7 @@ class KVCache:
     how many of the positions are looked at. Both may stay what they are in a CUDA graph.
     """
 
-    def __init__(self, c: "TextConfig", batch: int, room: int, device, dtype):
+    def __init__(self, c: TextConfig, batch: int, room: int, device, dtype):
         # Zeros, since what nobody sees yet is multiplied by 0.
         shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, room, head_dim(c))
         self.values = torch.zeros(shape, device=device, dtype=dtype)

@@ -71,15 +71,21 @@ def flag(default, help: str, choices=None, least: int = 1, group: str = ""):
 @dataclass
 class Config:
     task: str = flag("qa", "synthetic task", ("qa", "translation"), group="data")
-    data: str = flag("", "folder of a corpus with train, validation and test.jsonl; replaces --task")
+    data: str = flag(
+        "", "folder of a corpus with train, validation and test.jsonl; replaces --task"
+    )
     skip_bad_rows: bool = flag(False, "go on without the rows of --data that fail the check")
     max_audio_seconds: float = flag(30.0, "longest recording accepted")
     train_rows: int = flag(2000, "synthetic rows to train on")
     validation_rows: int = flag(96, "validation rows: synthetic ones, or the first of --data")
     test_rows: int = flag(300, "test rows: synthetic ones, or the first of --data")
 
-    init: str = flag("", "folder of a released Granite Speech checkpoint to start from", group="base model")
-    system_prompt: str = flag("", "with --init, the system turn of its chat; default: the template's")
+    init: str = flag(
+        "", "folder of a released Granite Speech checkpoint to start from", group="base model"
+    )
+    system_prompt: str = flag(
+        "", "with --init, the system turn of its chat; default: the template's"
+    )
     base: str = flag("", "folder of the base; default: beside the run; trained if it is not there")
     base_seed: int = flag(0, "seed of the base model and of the synthetic data", least=0)
     ctc_steps: int = flag(120, "steps of CTC training of the encoder")
@@ -87,11 +93,15 @@ class Config:
     base_lr: float = flag(3e-3, "peak learning rate of both")
     base_batch: int = flag(32, "rows per step of both")
 
-    algo: str = flag("leaf", "how credit is assigned", ("leaf", "grpo"), group="policy optimisation")
+    algo: str = flag(
+        "leaf", "how credit is assigned", ("leaf", "grpo"), group="policy optimisation"
+    )
     steps: int = flag(400, "rollout batches")
     prompts: int = flag(8, "prompts per rollout batch (paper: 6)")
     responses: int = flag(8, "K, responses per prompt, which are compared with each other", least=2)
-    update_prompts: int = flag(4, "prompts, with all responses, per optimiser step (paper: about 1)")
+    update_prompts: int = flag(
+        4, "prompts, with all responses, per optimiser step (paper: about 1)"
+    )
     micro_prompts: int = flag(4, "prompts per forward pass; changes memory and not the result")
     lr: float = flag(2e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
@@ -111,7 +121,9 @@ class Config:
     lora_r: int = flag(16, "rank (paper: 64)", group="LoRA")
     lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
     lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
-    lora_targets: str = flag("decoder", "its 7 projections; or last names of layers, q_proj,up_proj,...")
+    lora_targets: str = flag(
+        "decoder", "its 7 projections; or last names of layers, q_proj,up_proj,..."
+    )
     resume_adapter: str = flag("", "folder of a PEFT adapter to go on from, with its own settings")
 
     eval_every: int = flag(50, "steps between validations; 0: never", least=0, group="evaluation")
@@ -126,7 +138,17 @@ class Config:
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")
 
     # May change between a run and its resumption; everything else is what the run is.
-    FREE = ("out", "init", "base", "data", "save_every", "device", "cuda_graph", "cache_gb", "micro_prompts")
+    FREE = (
+        "out",
+        "init",
+        "base",
+        "data",
+        "save_every",
+        "device",
+        "cuda_graph",
+        "cache_gb",
+        "micro_prompts",
+    )
     # What the base model depends on.
     BASE = ("task", "base_seed", "ctc_steps", "sft_steps", "base_lr", "base_batch")
 
@@ -987,7 +1009,9 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     chosen_by_hand = cfg.base and base_folder.exists()  # taken as it is
     if chosen_by_hand:
         if read_json(base_folder / "base.json").get("rows") != data.fingerprint(corpus["train"]):
-            print(f"note: {base_folder} was trained on other rows, perhaps on some of this test split")
+            print(
+                f"note: {base_folder} was trained on other rows, perhaps on some of this test split"
+            )
     elif not cfg.init and rank() == 0:
         make_base(cfg, splits["train"], base_folder, device)
     if world() > 1:
@@ -1065,5 +1089,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted where there was nothing to save; the same command goes on", file=sys.stderr)
+        print(
+            "interrupted where there was nothing to save; the same command goes on", file=sys.stderr
+        )
         sys.exit(130)

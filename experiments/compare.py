@@ -1,24 +1,31 @@
 """LEAF against GRPO, and LEAF against parts of itself: methods x bases x seeds, paired, resumable.
 
-    python -m experiments.compare bases rates finals main ablations      # the work, below --out
-    python -m experiments.compare keep report                            # copy what is finished; tables, figures
+    python -m experiments.compare bases rates finals main ablations    # the work, below --out
+    python -m experiments.compare keep report       # copy what is finished; tables, figures
 
-Paired runs share everything but the method: the base, the data order, the noise of the rollouts, LoRA's first weights
-and the number of sampled responses. A stage leaves a JSON per finished run; the same command goes on with the rest.
+Paired runs share everything but the method: the base, the data order, the noise of the rollouts,
+LoRA's first weights and the number of sampled responses. A stage leaves a JSON per finished run;
+the same command goes on with the rest.
 
-    bases      a base per task and base seed; its audio embeddings are kept in files, so that a run starts at once
-    rates      learning rates of the main methods, on the validation split alone, with a seed that no other stage uses
-    finals     the two best rates of each once more, with another such seed: what differs by less than the noise
-    main       tasks x main methods x bases x seeds, each method at its own best rate of its task, or all at --lr
+    bases      a base per task and base seed; its audio embeddings are kept in files, so that a run
+               starts at once
+    rates      learning rates of the main methods, on the validation split alone, with a seed that
+               no other stage uses
+    finals     the two best rates of each once more, with another such seed: what differs by less
+               than the noise
+    main       tasks x main methods x bases x seeds, each method at its own best rate of its task,
+               or all at --lr
     ablations  on the first task, at LEAF's rate; those of GRPO at GRPO's
 
     keep       the finished runs, a line each, in experiments/results/compare.jsonl
     report     from that file alone: compare.md, and the figures compare and forks as PNG and SVG
 
-Run processes as many as there are cores: each computes with one thread, so a result does not depend on how many run.
+Run processes as many as there are cores: each computes with one thread, so a result does not depend
+on how many run.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -31,24 +38,23 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 import data
+import leaf
 import train
 from experiments.keep import RESULTS
 from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, PLAIN, VARIANT, with_responses
 
 TASKS = ("qa", "translation", "asterisk")
-BASES, SEEDS, RATE_SEEDS = range(4), range(5), {"rates": 100, "finals": 101}
+BASES = range(4)
+SEEDS = range(5)
+RATE_SEEDS = {"rates": 100, "finals": 101}
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
-RATES = {
-    "qa": GRID,
-    "translation": GRID,
-    "asterisk": (5e-4, *GRID),
-}  # longer where 1e-3, its end, was the best of some
+# Longer where 1e-3, its end, was the best of some.
+RATES = {"qa": GRID, "translation": GRID, "asterisk": (5e-4, *GRID)}
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
 # Bases get more steps where the default's do not suffice, or only with luck, to hear well.
 OWN = {
@@ -61,32 +67,27 @@ OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in KS for name in 
 COMPARED = MAIN | VARIANT
 ALL = METHODS | OF_K
 STAGES = ("bases", "rates", "finals", "main", "ablations")
-PHASES, PLACES = 5, 4  # of training, and of a response's length, in which forkability is counted
+PHASES = 5  # of training, in which forkability is counted
+PLACES = 4  # of a response's length
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run
 
 
 def config(args, task: str, base: int, **overrides) -> train.Config:
     """Train.py's configuration of a run; the default corpus is the synthetic one."""
-    own = OWN[task] | ({"data": str(args.corpus)} if task == "asterisk" else {"task": task})
-    return train.Config(
-        **{
-            **RUN,
-            **own,
-            "base": f"{args.out}/base-{task}-seed{base}",
-            "base_seed": base,
-            **overrides,
-        }
-    )
+    corpus = {"data": str(args.corpus)} if task == "asterisk" else {"task": task}
+    of_base = {"base": f"{args.out}/base-{task}-seed{base}", "base_seed": base}
+    return train.Config(**(RUN | OWN[task] | corpus | of_base | overrides))
 
 
 class Heard(data.Split):
     """Rows and their audio embeddings, which are known."""
 
     def __init__(self, rows: list[dict], tokenizer, sounds: list[torch.Tensor]):
-        self.rows, self.tokenizer, self.frozen = rows, tokenizer, True
+        self.rows = rows
+        self.tokenizer = tokenizer
         self.sounds = lambda indices: [sounds[i] for i in indices]
 
 
@@ -109,54 +110,44 @@ def make_base(args, task: str, base: int):
     """Train a base, and measure it."""
     cfg = config(args, task, base)
     device, dtype = train.pick(cfg)
-    train.make_base(
-        cfg,
-        data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb),
-        cfg.base_folder,
-        device,
-    )
+    rows = data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb)
+    train.make_base(cfg, rows, cfg.base_folder, device)
     model, tokenizer = train.load(cfg, device, dtype)
     splits = hear(cfg, model, tokenizer, device)
+    predictions = cfg.base_folder / "predictions.jsonl"
     result = {
         "task": task,
         "base": base,
-        "validation": bleu(model, tokenizer, splits["validation"], cfg),
+        "validation": train.greedy_bleu(model, tokenizer, splits["validation"], cfg),
+        "test": train.evaluate(model, tokenizer, splits["test"], cfg, predictions),
     }
-    result["test"] = train.evaluate(
-        model, tokenizer, splits["test"], cfg, cfg.base_folder / "predictions.jsonl"
-    )
-    data.write_json(args.out / "bases" / f"{task}-base{base}.json", result)
-
-
-def bleu(model, tokenizer, split, cfg) -> float:
-    """Corpus BLEU of greedy answers."""
-    references = [row["reference"] for row in split.rows]
-    return data.corpus_bleu(train.answer(model, tokenizer, split, cfg), references, lowercase=True)
+    train.write_json(args.out / "bases" / f"{task}-base{base}.json", result)
 
 
 def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: float):
     """Train and measure one policy; the test split is only touched where the result is reported."""
     file = run_file(args, stage, task, method, base, seed, lr)
     folder = file.with_suffix("")
-    cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **ALL[method])
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # of a run that was stopped: it is short, and starts again
+    cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **ALL[method].flags)
+    # Of a run that was stopped: it is short, and starts again.
+    shutil.rmtree(folder, ignore_errors=True)
     device, dtype = train.pick(cfg)
-    began, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    cpu = time.process_time()
     model, tokenizer = train.load(cfg, device, dtype)
     splits = hear(cfg, model, tokenizer, device)
     train.adapt(cfg, model)
-    prepared, forks, credit = time.perf_counter(), [], train.credit
-
-    def recorded(cfg, tokens, lengths, surprisal, rewards):
-        advantages, report = credit(cfg, tokens, lengths, surprisal, rewards)
-        length = lengths.float().mean().item()
-        forks.append([fork | {"place": fork["position"] / length} for fork in report])
-        return advantages, report
-
-    with mock.patch.object(train, "credit", recorded):
-        train.train_policy(cfg, model, tokenizer, splits["train"], splits["validation"], folder)
+    prepared = time.perf_counter()
+    forks = []
+    train.train_policy(
+        cfg,
+        model,
+        tokenizer,
+        splits["train"],
+        splits["validation"],
+        folder,
+        credit=recording(ALL[method].credit, forks),
+    )
     trained = time.perf_counter()
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
     result = {
@@ -179,11 +170,25 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         "cpu_seconds": time.process_time() - cpu,
     }
     if stage not in RATE_SEEDS:
-        result["test"] = train.evaluate(
-            model, tokenizer, splits["test"], cfg, folder / "predictions.jsonl"
-        )
-    data.write_json(file, result)
+        predictions = folder / "predictions.jsonl"
+        result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, predictions)
+    train.write_json(file, result)
     shutil.rmtree(folder)
+
+
+def recording(rule, forks: list[list[dict]]):
+    """The credit rule, which then appends each prompt's leaf.fork_stats to forks, with the place of
+    each boundary relative to the mean length."""
+
+    @functools.wraps(rule)
+    def recorded(cfg, tokens, lengths, surprisal, rewards):
+        advantages, boundaries = rule(cfg, tokens, lengths, surprisal, rewards)
+        report = leaf.fork_stats(tokens, lengths, rewards, boundaries)
+        length = lengths.float().mean().item()
+        forks.append([fork | {"place": fork["position"] / length} for fork in report])
+        return advantages, boundaries
+
+    return recorded
 
 
 def thin(values: list[float], points: int = 20) -> list[float]:
@@ -193,7 +198,8 @@ def thin(values: list[float], points: int = 20) -> list[float]:
 
 
 def forkability(forks: list[list[dict]]) -> list[dict]:
-    """leaf.fork_stats by phase of training and by place in the response; forks: one list for each prompt, in order."""
+    """leaf.fork_stats by phase of training and by place in the response; forks: one list for each
+    prompt, in order."""
     cells = {}
     for n, report in enumerate(forks):
         for fork in report:
@@ -207,7 +213,7 @@ def forkability(forks: list[list[dict]]) -> list[dict]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stages
 
 
@@ -220,7 +226,7 @@ def run_file(args, stage, task, method, base, seed, lr) -> Path:
 
 
 def finished(args, stage: str) -> list[dict]:
-    return [data.read_json(file) for file in sorted((args.out / stage).glob("*.json"))]
+    return [train.read_json(file) for file in sorted((args.out / stage).glob("*.json"))]
 
 
 def at_end(result: dict) -> float:
@@ -229,71 +235,70 @@ def at_end(result: dict) -> float:
 
 
 def best_rates(runs: list[dict], count: int) -> dict[tuple[str, str], list[float]]:
-    """By (task, method), the rates with the best mean validation BLEU at the end, of those with the most runs."""
+    """By (task, method), the rates with the best mean validation BLEU at the end, of those with the
+    most runs."""
     scores = {}
     for r in runs:
         of_method = scores.setdefault((r["task"], r["method"]), {})
         of_method.setdefault(r["lr"], []).append(at_end(r))
-    key = {
-        cell: lambda lr, of=of: (len(of[lr]), statistics.fmean(of[lr]))
-        for cell, of in scores.items()
-    }
-    return {cell: sorted(of, key=key[cell], reverse=True)[:count] for cell, of in scores.items()}
+
+    def best_first(by_rate):
+        key = {lr: (len(ends), statistics.fmean(ends)) for lr, ends in by_rate.items()}
+        return sorted(by_rate, key=key.get, reverse=True)
+
+    return {cell: best_first(by_rate)[:count] for cell, by_rate in scores.items()}
 
 
 def rate_of(method: str) -> str:
     """The method whose learning rate a method takes."""
-    return (
-        method
-        if method in COMPARED
-        else BASELINE
-        if BASELINE in method or method == "mean baseline"
-        else "LEAF"
-    )
+    if method in COMPARED:
+        return method
+    return BASELINE if BASELINE in method or method == "mean baseline" else "LEAF"
 
 
 def bases_of(stage: str, task: str) -> range:
-    """Rates are tried on all bases of the first task; for the dearer others on two, the two best on the other two."""
+    """Rates are tried on all bases of the first task; for the dearer others on two, the two best on
+    the other two."""
     halves = {"rates": BASES[:2], "finals": BASES[2:]}
     return BASES if task == TASKS[0] else halves.get(stage, BASES)
 
 
 def plan(args, stage: str) -> list[tuple]:
-    """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base before any twice."""
-    rates = {(task, method): RATES[task] for task in args.tasks for method in COMPARED}
-    if stage != "rates":
-        tried = finished(args, "rates") + (finished(args, "finals") if stage != "finals" else [])
-        rates = best_rates(tried, 2 if stage == "finals" else 1)
+    """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base
+    before any twice."""
+    if stage == "rates":
+        rates = {(task, method): RATES[task] for task in args.tasks for method in COMPARED}
+    elif stage == "finals":
+        rates = best_rates(finished(args, "rates"), 2)
+    else:
+        rates = best_rates(finished(args, "rates") + finished(args, "finals"), 1)
     if stage == "main" and args.lr:
         rates = dict.fromkeys(rates, [args.lr])
     if stage == "ablations":
-        cells = itertools.product(
-            args.tasks[:1], SEEDS[: args.ablation_seeds], BASES, ABLATIONS | OF_K
-        )
+        seeds = SEEDS[: args.ablation_seeds]
+        cells = list(itertools.product(args.tasks[:1], seeds, BASES, ABLATIONS | OF_K))
     else:
         seeds = SEEDS if stage == "main" else [RATE_SEEDS[stage]]
-        cells = [
-            (t, *x)
-            for t in args.tasks
-            for x in itertools.product(seeds, bases_of(stage, t), COMPARED)
-        ]
+        cells = []
+        for task in args.tasks:
+            cells += itertools.product([task], seeds, bases_of(stage, task), COMPARED)
     return [
-        (stage, task, m, base, seed, lr)
-        for task, seed, base, m in cells
-        for lr in rates[task, rate_of(m)]
+        (stage, task, method, base, seed, lr)
+        for task, seed, base, method in cells
+        for lr in rates[task, rate_of(method)]
     ]
 
 
 def missing(args, stage: str) -> list[tuple]:
-    """What is left to run of a stage, for which those before it must be finished; the finals may be left out."""
+    """What is left to run of a stage, for which those before it must be finished; the finals may be
+    left out."""
     if stage != "rates" and missing(args, "rates"):
-        raise data.UserError(
-            f"not all learning rates have been tried for {', '.join(args.tasks)}: run the stage rates"
-        )
-    if stage in ("main", "ablations") and 0 < len(missing(args, "finals")) < len(
-        plan(args, "finals")
-    ):
-        raise data.UserError("the finals have begun, but are not finished: run the stage finals")
+        untried = f"not all learning rates have been tried for {', '.join(args.tasks)}"
+        raise data.UserError(f"{untried}: run the stage rates")
+    if stage in ("main", "ablations"):
+        if 0 < len(missing(args, "finals")) < len(plan(args, "finals")):
+            begun = "the finals have begun, but are not finished"
+            raise data.UserError(f"{begun}: run the stage finals")
     return [job for job in plan(args, stage) if not run_file(args, *job).exists()]
 
 
@@ -311,18 +316,17 @@ def work(args, stage: str):
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; read where tqdm is imported
     context = multiprocessing.get_context("spawn")  # a child that is forked inherits threads' locks
     with (
-        data.lock(args.out, wait=False),
+        train.lock(args.out, wait=False),
         ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool,
     ):
-        data.check_same(args.out, {"run": RUN, "own": OWN}, "config.json")
+        train.check_same(args.out, {"run": RUN, "own": OWN}, "config.json")
         futures = [pool.submit(*job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
                 future.result()
         finally:
-            pool.shutdown(
-                cancel_futures=True
-            )  # after an error or Ctrl-C: what has not begun need not
+            # After an error or Ctrl-C: what has not begun need not.
+            pool.shutdown(cancel_futures=True)
 
 
 def quiet():
@@ -331,7 +335,7 @@ def quiet():
     sys.stdout = open(os.devnull, "w")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What came out
 
 
@@ -349,36 +353,9 @@ def keep(args):
 
 # 97.5% quantiles of Student's t, from 1 degree of freedom
 T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 
 
@@ -387,13 +364,13 @@ def student(freedom: int) -> float:
 
 
 def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
-    """Mean of the clusters' means and half the width of its 95% interval: runs of one base are not independent."""
+    """Mean of the clusters' means and half the width of its 95% interval: runs of one base are not
+    independent."""
     means = [statistics.fmean(values) for values in clusters.values()]
-    if len(means) < 2:
+    n = len(means)
+    if n < 2:
         return statistics.fmean(means), float("inf")
-    return statistics.fmean(means), student(len(means) - 1) * statistics.stdev(means) / len(
-        means
-    ) ** 0.5
+    return statistics.fmean(means), student(n - 1) * statistics.stdev(means) / n**0.5
 
 
 def paired(runs: dict[tuple, dict], task: str, one: str, other: str, metric: str) -> str:
@@ -415,16 +392,13 @@ def tasks_of(runs: list[dict]) -> list[str]:
 
 def column(runs: list[dict], metric: str) -> str:
     values = [r["test"][metric] for r in runs]
-    return (
-        f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-    )
+    spread = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.fmean(values):.1f} ± {spread:.1f}"
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    lines = [
-        "| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)
-    ]
-    return "\n".join(lines) + "\n"
+    rows = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
 
 
 def report(lines: list[dict]):
@@ -433,22 +407,18 @@ def report(lines: list[dict]):
     tried = stages["rates"] + stages["finals"]
     best = best_rates(tried, 1)
     for r in stages["main"] + stages["ablations"]:
-        if [r["lr"]] != best[
-            r["task"], rate_of(r["method"])
-        ]:  # the finals did not confirm it, or --lr asked for it
+        # Another than the best: the finals did not confirm it, or --lr asked for it.
+        if [r["lr"]] != best[r["task"], rate_of(r["method"])]:
             r["method"] += f" at {r['lr']:g}"
-    runs = {
-        (r["task"], r["method"], r["base"], r["seed"]): r
-        for r in stages["main"] + stages["ablations"]
-    }
-    text = "\n".join(
-        (
-            rate_table(tried, best),
-            main_table(stages, runs),
-            ablation_table(runs),
-            fork_table(stages),
-        )
-    )
+    trained = stages["main"] + stages["ablations"]
+    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in trained}
+    tables = [
+        rate_table(tried, best),
+        main_table(stages, runs),
+        ablation_table(runs),
+        fork_table(stages),
+    ]
+    text = "\n".join(tables)
     (RESULTS / "compare.md").write_text(text)
     print(text)
     plot_curves(stages)
@@ -456,7 +426,8 @@ def report(lines: list[dict]):
 
 
 def rate_table(runs: list[dict], best: dict) -> str:
-    rates, rows = sorted({r["lr"] for r in runs}), []
+    rates = sorted({r["lr"] for r in runs})
+    rows = []
     for task, method in best:
         row = [task, method]
         for lr in rates:
@@ -465,9 +436,8 @@ def rate_table(runs: list[dict], best: dict) -> str:
             cell = ", ".join(f"{statistics.fmean(of):.1f} ({len(of)})" for of in scores if of)
             row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
-    return table(
-        ["validation BLEU (runs), of finals", "method", *(f"{lr:g}" for lr in rates)], rows
-    )
+    header = ["validation BLEU (runs), of finals", "method", *(f"{lr:g}" for lr in rates)]
+    return table(header, rows)
 
 
 def main_table(stages: dict, runs: dict) -> str:
@@ -475,64 +445,50 @@ def main_table(stages: dict, runs: dict) -> str:
     for task in TASKS:
         bases = [r for r in stages["bases"] if r["task"] == task]
         if bases:
-            rows.append(
-                [task, "base", "", len(bases)] + [column(bases, m) for m in METRICS] + [""] * 6
-            )
-        others = {r["method"]: {} for r in stages["main"] if r["task"] == task}
-        for method in COMPARED | others:
+            measured = [column(bases, m) for m in METRICS]
+            rows.append([task, "base", "", len(bases), *measured, *[""] * 6])
+        others = [r["method"] for r in stages["main"] if r["task"] == task]
+        for method in dict.fromkeys([*COMPARED, *others]):
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             if own:
                 differences = [paired(runs, task, method, BASELINE, m) for m in METRICS]
                 differences += [paired(runs, task, method, PLAIN, m) for m in METRICS[1:]]
                 seconds = f"{statistics.fmean(r['cpu_seconds'] for r in own):.0f}"
                 measured = [column(own, m) for m in METRICS]
-                rows.append(
-                    [task, method, f"{own[0]['lr']:g}", len(own), *measured, *differences, seconds]
-                )
-    header = (
-        "greedy − GRPO",
-        "sampled − GRPO",
-        "exact − GRPO",
-        "sampled − plain",
-        "exact − plain",
-        "CPU s",
-    )
+                rate = f"{own[0]['lr']:g}"
+                rows.append([task, method, rate, len(own), *measured, *differences, seconds])
+    header = ["task", "method", "lr", "runs", *METRICS]
+    header += ["greedy − GRPO", "sampled − GRPO", "exact − GRPO"]
+    header += ["sampled − plain", "exact − plain", "CPU s"]
     notes = [
         f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, METRICS[1])}\n"
         for task, method, *_ in rows
         if " at " in method
     ]
-    return (
-        table(["task", "method", "lr", "runs", *METRICS, *header], rows)
-        + "\n" * bool(notes)
-        + "".join(notes)
-    )
+    return table(header, rows) + "\n" * bool(notes) + "".join(notes)
 
 
 METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %"
 
 
 def ablation_table(runs: dict) -> str:
-    rows, task = [], TASKS[0]
+    task = TASKS[0]
+    rows = []
     runs = {key: r for key, r in runs.items() if key[0] == task and (task, "B=1", *key[2:]) in runs}
     for method in ("LEAF", BASELINE, *ABLATIONS, *OF_K):
         own = [r for key, r in runs.items() if key[:2] == (task, method)]
         if own:
             measured = [column(own, m) for m in METRICS[:2]]
-            against = [
-                paired(runs, task, method, other, METRICS[1]) for other in ("LEAF", BASELINE)
-            ]
+            others = ("LEAF", BASELINE)
+            against = [paired(runs, task, method, other, METRICS[1]) for other in others]
             rows.append([method, f"{own[0]['lr']:g}", len(own), *measured, *against])
     same_k = [(f"LEAF, K={K}", f"{BASELINE}, K={K}") for K in KS]
     notes = [
         f"{one} − {other}, sampled: {paired(runs, task, one, other, METRICS[1])}\n"
         for one, other in same_k
     ]
-    return (
-        table([task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"], rows)
-        + "\n"
-        + "".join(notes)
-    )
+    header = [task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"]
+    return table(header, rows) + "\n" + "".join(notes)
 
 
 def fork_cells(runs: list[dict], by: str) -> list[dict]:
@@ -554,24 +510,23 @@ def fork_table(stages: dict) -> str:
     for task in tasks_of(stages["main"]):
         own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, "LEAF")]
         for by, parts in (("phase", PHASES), ("place", PLACES)):
-            for c in fork_cells(own, by):
-                part = f"{'training' if by == 'phase' else 'response'} {c[by] / parts:.0%} to {(c[by] + 1) / parts:.0%}"
-                share = c["boundaries"] / sum(cell["boundaries"] for cell in fork_cells(own, by))
+            whole = "training" if by == "phase" else "response"
+            cells = fork_cells(own, by)
+            total = sum(cell["boundaries"] for cell in cells)
+            for c in cells:
                 rows.append(
                     [
                         task,
-                        part,
-                        f"{share:.0%}",
+                        f"{whole} {c[by] / parts:.0%} to {(c[by] + 1) / parts:.0%}",
+                        f"{c['boundaries'] / total:.0%}",
                         f"{c['fires']:.2f}",
                         f"{c['usable']:.2f}",
                         f"{c['group_size']:.1f}",
                         f"{100 * c['reward_spread']:.1f}",
                     ]
                 )
-    return table(
-        ["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0", "range x100"],
-        rows,
-    )
+    header = ["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0"]
+    return table([*header, "range x100"], rows)
 
 
 def save(figure, name: str):
@@ -591,10 +546,10 @@ def plot_curves(stages: dict):
         for method in (method for method in COMPARED if method in known):
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             steps = [0, *map(int, own[0]["validation"])]
-            values = torch.tensor(
-                [[at_start[r["base"]], *r["validation"].values()] for r in own]
-            )  # (runs, steps)
-            mean, std = values.mean(0), values.std(0, correction=min(1, len(own) - 1))
+            curves = [[at_start[r["base"]], *r["validation"].values()] for r in own]
+            values = torch.tensor(curves)  # (runs, steps)
+            mean = values.mean(0)
+            std = values.std(0, correction=min(1, len(own) - 1))
             (line,) = axis.plot(steps, mean, marker="o", markersize=3, label=method)
             axis.fill_between(
                 steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0
@@ -620,15 +575,10 @@ def plot_forks(runs: list[dict]):
     for row, (by, parts, label) in zip(axes, parts_of):
         for axis, (name, title) in zip(row, shown.items()):
             for task in tasks_of(runs):
-                cells = fork_cells(
-                    [r for r in runs if (r["task"], r["method"]) == (task, "LEAF")], by
-                )
-                axis.plot(
-                    [(c[by] + 0.5) / parts for c in cells],
-                    [c[name] for c in cells],
-                    "o-",
-                    label=task,
-                )
+                own = [r for r in runs if (r["task"], r["method"]) == (task, "LEAF")]
+                cells = fork_cells(own, by)
+                x = [(c[by] + 0.5) / parts for c in cells]
+                axis.plot(x, [c[name] for c in cells], "o-", label=task)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(label)
             axis.set_ylim(bottom=0)
@@ -671,9 +621,8 @@ def main():
         if stage == "keep":
             keep(args)
         elif stage == "report":
-            report(
-                [json.loads(line) for line in (RESULTS / "compare.jsonl").read_text().splitlines()]
-            )
+            lines = (RESULTS / "compare.jsonl").read_text().splitlines()
+            report([json.loads(line) for line in lines])
         else:
             work(args, stage)
 

@@ -1,54 +1,68 @@
-"""The credit microscope: one fixed policy, the same rollouts, every credit rule; whose gradient is the best?
+"""The credit microscope: one fixed policy, the same rollouts, every credit rule; whose gradient is
+the best?
 
-    python -m experiments.credit --out runs/credit     trains the bases, measures; a stopped run goes on
+    python -m experiments.credit --out runs/credit     trains the bases, measures; resumable
     python -m experiments.credit --plot                figures and tables of what is measured
 
-The policy is a base of the synthetic "qa" task with fresh LoRA, so the gradient is that of LoRA's B: the first step of
-training. Its true policy gradient G* of the expected reward comes from very many rollouts. A rule turns a batch of 64
-responses into a gradient, g; what counts is cos(g, G*), how much of a step of given length goes where the reward grows.
-A rule may fall short by noise, SNR = |E g|^2 / E|g - E g|^2, or by bias, cos(E g, G*) < 1. Two settings:
+The policy is a base of the synthetic "qa" task with fresh LoRA, so the gradient is that of LoRA's
+B: the first step of training. Its true policy gradient G* of the expected reward comes from very
+many rollouts. A rule turns a batch of 64 responses into a gradient, g; what counts is cos(g, G*),
+how much of a step of given length goes where the reward grows. A rule may fall short by noise,
+SNR = |E g|^2 / E|g - E g|^2, or by bias, cos(E g, G*) < 1. Two settings:
 
-    exact      rollouts at top-p 1, log-probabilities summed over a response's tokens: policy gradient theory
-    training   rollouts at top-p 0.9, their mean over a response's tokens, as leaf.policy_loss has it
+    exact      rollouts at top-p 1, log-probabilities summed over a response's tokens: policy
+               gradient theory
+    training   rollouts at top-p 0.9, their mean over a response's tokens, as leaf.policy_loss has
+               it
 
-G* is always of the exact setting; G_train is what the training setting would have instead. Norms are estimated without
-the noise that would inflate them, from products of independent halves or batches, which is why a cosine may exceed 1.
-Intervals are of the batches alone, G* taken as known. Its length moves all rules alike; of the noise in its direction,
-"truth" in the tables says how much there is: the cosine of two halves.
+G* is always of the exact setting; G_train is what the training setting would have instead. Norms
+are estimated without the noise that would inflate them, from products of independent halves or
+batches, which is why a cosine may exceed 1. Intervals are of the batches alone, G* taken as known.
+Its length moves all rules alike; of the noise in its direction, "truth" in the tables says how much
+there is: the cosine of two halves.
 """
 
 import argparse
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 import leaf
 import train
-from experiments.compare import bleu, student
+from experiments.compare import student
 from experiments.keep import RESULTS
-from experiments.methods import BASELINE, METHODS, OURS, PLAIN
+from experiments.methods import (
+    BASELINE,
+    METHODS,
+    OURS,
+    PLAIN,
+    Method,
+    even_boundaries,
+    leave_one_out,
+    random_boundaries,
+)
 from lora import lora_parameters
-from model import Prompts, Rollout, SpeechLM, pad
+from model import PrefixTree, Prompts, Rollout, SpeechLM
 
 FOLDER = RESULTS / "credit"
 SEED = 11  # of everything random here
 BASES = {200: "early", 400: "default", 1200: "late"}  # by sft_steps
 MAIN_BASE = 400
-QUESTIONS = {
-    "long": 0,
-    "middle": 1,
-    "short": 2,
-}  # rows by length of the answer, as corpora.synthetic deals them out
+# Rows by length of the answer, as corpora.synthetic deals them out.
+QUESTIONS = {"long": 0, "middle": 1, "short": 2}
 MAP_QUESTIONS = ("long", "short")
-KS, BUDGETS, BATCH = (4, 8, 16), (1, 2, 4, 8), 64  # responses of a batch
+KS = (4, 8, 16)
+BUDGETS = (1, 2, 4, 8)
+BATCH = 64  # responses
 ROWS = 999  # of the training rows, from which prompts are drawn
 BLOCKS = 20  # of batches, for the jackknife
 
@@ -67,13 +81,13 @@ REWARDS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rules: (tokens (K, T), lengths (K,), surprisal (K, T), rewards [K]) -> the tokens' credit (K, T)
 
 
-def method(overrides: dict):
-    cfg = replace(train.Config(), **overrides)
-    return lambda *group: train.credit(cfg, *group)[0]
+def rule_of(method: Method):
+    cfg = train.Config(**method.flags)
+    return lambda *group: method.credit(cfg, *group)[0]
 
 
 def raw(*group, **switches):
@@ -83,17 +97,15 @@ def raw(*group, **switches):
 
 def divided(tokens, lengths, surprisal, rewards):
     """LEAF with the z-score's division, without its shift of the mean."""
-    nodes = leaf.build_tree(tokens, lengths, rewards, leaf.select_boundaries(surprisal, lengths))
-    std = stdev(credit for *_, credit in leaf.span_credits(lengths, rewards, nodes))
+    boundaries = leaf.select_boundaries(surprisal, lengths)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    std = stdev(span.credit for span in leaf.span_credits(lengths, rewards, nodes))
     return raw(tokens, lengths, surprisal, rewards) / max(std, 1e-6)
 
 
 def every_token(tokens, lengths, surprisal, rewards):
     """Our variant with a boundary at every token, so that neither surprisal nor B matters."""
-    boundaries = list(range(1, int(lengths.max())))
-    return leaf.leaf_advantages(
-        tokens, lengths, None, rewards, terms="leave-one-out", boundaries=boundaries
-    )
+    return leave_one_out(tokens, lengths, rewards, list(range(1, int(lengths.max()))))
 
 
 NO_Z_SCORE = "LEAF, no z-score"
@@ -104,7 +116,7 @@ DIAGNOSES = {
     "... and LA only": partial(raw, multiplicity=False, terms="local"),
     "leave-one-out, every token": every_token,
 }
-RULES = {name: method(overrides) for name, overrides in METHODS.items()} | DIAGNOSES
+RULES = {name: rule_of(method) for name, method in METHODS.items()} | DIAGNOSES
 LEAF_BY_BUDGET = {1: "B=1", 2: "LEAF", 4: "B=4", 8: "B=8"}
 MAP_RULES = [
     BASELINE,
@@ -116,7 +128,7 @@ MAP_RULES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The policy, its rollouts and its gradient
 
 
@@ -129,13 +141,14 @@ class Policy:
 
     @classmethod
     def load(cls, sft_steps: int, out: Path) -> "Policy":
-        """A base, trained unless it is there, with fresh LoRA; its greedy BLEU goes to a file beside it."""
+        """A base, trained unless it is there, with fresh LoRA; its greedy BLEU goes to a file
+        beside it."""
         cfg = train.Config(sft_steps=sft_steps, base=str(out / f"base-sft{sft_steps}"))
-        device, rows = torch.device("cpu"), train.load_rows(cfg)
+        device = torch.device("cpu")
+        rows = train.load_rows(cfg)
         if not cfg.base_folder.exists():
-            train.make_base(
-                cfg, data.Split("train", rows["train"], cfg.cache_gb), cfg.base_folder, device
-            )
+            whole = data.Split("train", rows["train"], cfg.cache_gb)
+            train.make_base(cfg, whole, cfg.base_folder, device)
         split = data.Split("train", rows["train"][:ROWS], cfg.cache_gb)
         model, tokenizer = train.load(cfg, device, torch.float32)
         train.adapt(cfg, model)
@@ -144,12 +157,11 @@ class Policy:
         if not file.exists():
             validation = data.Split("validation", rows["validation"], cfg.cache_gb)
             validation.project(model, tokenizer)
-            reached = round(bleu(model, tokenizer, validation, cfg), 2)
+            reached = round(train.greedy_bleu(model, tokenizer, validation, cfg), 2)
             keep(file, {"sft_steps": sft_steps, "validation BLEU greedy": reached})
         every = list(range(len(split.rows)))
-        questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()} | {
-            "all": every
-        }
+        questions = {name: every[q :: len(QUESTIONS)] for name, q in QUESTIONS.items()}
+        questions["all"] = every
         return cls(model, split, cfg, questions)
 
     @property
@@ -166,62 +178,53 @@ class Batch:
     texts: list[list[str]]  # P, K
 
     def rewards(self, name: str) -> list[list[float]]:
+        reward = REWARDS[name]
         pairs = zip(self.texts, self.rows)
-        return [
-            [REWARDS[name](" ".join(text.split()), row) for text in group] for group, row in pairs
-        ]
+        return [[reward(" ".join(text.split()), row) for text in group] for group, row in pairs]
 
     def groups(self, rewards):
         """The arguments of a rule, prompt by prompt."""
         return zip(self.rollout.tokens, self.rollout.lengths, -self.rollout.logq, rewards)
 
-    def weight(
-        self, setting: Setting
-    ):  # (P, K, T): of a token's log-probability; mean over responses
+    def weight(self, setting: Setting):
+        """Of a token's log-probability (P, K, T), for a mean over responses."""
         length = self.rollout.lengths[..., None] if setting.token_mean else 1
         return self.rollout.mask / length / self.rollout.lengths.numel()
 
     def logp(self, policy: Policy):
-        return policy.model.response_logp(self.prompts, self.rollout.tokens, self.rollout.lengths)
+        groups = zip(self.rollout.tokens, self.rollout.lengths)
+        trees = [PrefixTree(tokens, lengths) for tokens, lengths in groups]
+        return policy.model.response_logp(self.prompts, trees)
 
 
 def gradient(policy: Policy, logp, weights):
     """Of the sum of weights (P, K, T) times log-probabilities: (D,)"""
-    return torch.cat(
-        [
-            g.flatten()
-            for g in torch.autograd.grad(logp, policy.parameters, weights, retain_graph=True)
-        ]
-    )
+    gradients = torch.autograd.grad(logp, policy.parameters, weights, retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients])
 
 
 def roll(policy: Policy, stream: int, n: int, question: str, P: int, K: int, top_p: float) -> Batch:
     """Batch n of an endless stream: P of a question's rows, K responses to each.
 
-    Rows are drawn with replacement: batches that take turns in one pass would not be independent of each other.
+    Rows are drawn with replacement: batches that take turns in one pass would not be independent of
+    each other.
     """
-    rows, tokenizer = policy.questions[question], policy.split.tokenizer
-    indices = [
-        rows[i] for i in np.random.default_rng([SEED, stream, n]).integers(len(rows), size=P)
-    ]
-    u = data.noise(
-        [SEED, stream, 1], list(range(n * P, n * P + P)), K, policy.cfg.max_new_tokens, "cpu"
-    )
+    model, cfg = policy.model, policy.cfg
+    rows = policy.questions[question]
+    tokenizer = policy.split.tokenizer
+    drawn = np.random.default_rng([SEED, stream, n]).integers(len(rows), size=P)
+    indices = [rows[i] for i in drawn]
+    places = list(range(n * P, n * P + P))
+    u = data.noise([SEED, stream, 1], places, K, cfg.max_new_tokens, "cpu")
     with torch.no_grad():
-        prompts = policy.split.batch(policy.model, indices)
-    rollout = policy.model.sample(prompts, u, tokenizer.eos_id, policy.cfg.temperature, top_p)
-    T = int(rollout.lengths.max())
-    rollout.tokens, rollout.logq, rollout.logp = (
-        x[..., :T] for x in (rollout.tokens, rollout.logq, rollout.logp)
-    )
-    texts = [
-        [tokenizer.decode(t[:m].tolist()) for t, m in zip(*x)]
-        for x in zip(rollout.tokens, rollout.lengths)
-    ]
+        prompts = policy.split.prompts(model, indices)
+    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, top_p).trimmed()
+    groups = zip(rollout.tokens, rollout.lengths)
+    texts = [train.decode(tokenizer, tokens, lengths) for tokens, lengths in groups]
     return Batch(indices, [policy.split.rows[i] for i in indices], prompts, rollout, texts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The truth
 
 
@@ -248,18 +251,16 @@ def truth(policy: Policy, setting: str, out: Path) -> dict[str, dict[str, torch.
             logp = batch.logp(policy)
             for name in names:
                 rewards = torch.tensor(batch.rewards(name))
-                centred = (
-                    (rewards - rewards.mean(1, keepdim=True)) * TRUTH_K / (TRUTH_K - 1)
-                )  # leave-one-out
-                weights = batch.weight(SETTINGS[setting]) * centred[..., None]
+                centred = rewards - rewards.mean(1, keepdim=True)
+                left_out = centred * TRUTH_K / (TRUTH_K - 1)  # minus the mean of the others
+                weights = batch.weight(SETTINGS[setting]) * left_out[..., None]
                 total[name][question][n % 2] += gradient(policy, logp, weights) * 2 / batches
         temporary = file.with_suffix(".tmp")
         torch.save(total, temporary)
         temporary.rename(file)
     total = torch.load(file)
-    return {
-        name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()
-    }  # as many rows of each
+    # There are as many rows of each question.
+    return {name: by | {"all": sum(by.values()) / len(by)} for name, by in total.items()}
 
 
 TARGETS = ("G*", "G_train")
@@ -267,7 +268,8 @@ TARGETS = ("G*", "G_train")
 
 @dataclass
 class Target:
-    """A true gradient, known up to noise: mean is unbiased, and norm is without what the noise adds."""
+    """A true gradient, known up to noise: mean is unbiased, and norm is without what the noise
+    adds."""
 
     mean: torch.Tensor  # (D,)
     norm: float
@@ -280,7 +282,7 @@ class Target:
         return cls(halves.mean(0), norm, square / float(halves[0].norm() * halves[1].norm()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A condition: batches, every rule's gradient on them, and what their sums say
 
 
@@ -296,14 +298,8 @@ class Condition:
 
     @property
     def file(self) -> str:
-        parts = (
-            self.setting,
-            self.base,
-            self.question,
-            f"K{self.K}",
-            self.reward.replace(" ", "-"),
-        )
-        return "-".join(map(str, parts)) + ".json"
+        reward = self.reward.replace(" ", "-")
+        return f"{self.setting}-{self.base}-{self.question}-K{self.K}-{reward}.json"
 
 
 MAIN = [Condition("training"), Condition("exact", batches=400)]
@@ -317,38 +313,46 @@ MAP = [
 
 
 class Sums:
-    """What is kept of one rule's gradients: |g|^2, dot products with the targets, and sums over blocks of batches."""
+    """What is kept of one rule's gradients: |g|^2, dot products with the targets, and sums over
+    blocks of batches."""
 
     def __init__(self, batches: int, targets: list[Target]):
-        self.targets, self.norms = targets, np.array([t.norm for t in targets])
+        self.targets = targets
+        self.norms = np.array([t.norm for t in targets])
         self.member = np.arange(batches) * BLOCKS // batches  # the block of each batch
-        self.squares, self.dots = np.zeros(batches), np.zeros((batches, len(targets)))
+        self.squares = np.zeros(batches)
+        self.dots = np.zeros((batches, len(targets)))
         self.blocks = torch.zeros(BLOCKS, len(targets[0].mean))
 
     def add(self, n: int, g):
         self.blocks[self.member[n]] += g
-        self.squares[n], self.dots[n] = g.square().sum(), [g @ t.mean for t in self.targets]
+        self.squares[n] = g.square().sum()
+        self.dots[n] = [g @ t.mean for t in self.targets]
 
     def cosines(self):
         """Of every batch with each target (batches, targets); 0 for a batch without a gradient."""
         return self.dots / np.maximum(np.sqrt(self.squares), 1e-12)[:, None] / self.norms
 
     def whole(self):
-        """SNR, and the mean gradient's cosine with each target, of all and without each block: (1 + BLOCKS, ...)."""
-        products, total = (self.blocks @ self.blocks.T).double().numpy(), []
+        """SNR, and the mean gradient's cosine with each target, of all and without each block:
+        (1 + BLOCKS, ...)."""
+        products = (self.blocks @ self.blocks.T).double().numpy()
+        total = []
         for left_out in (None, *range(BLOCKS)):
-            use, kept = np.arange(BLOCKS) != left_out, self.member != left_out
-            n, squares = kept.sum(), self.squares[kept].sum()
-            square = max(
-                (products[np.ix_(use, use)].sum() - squares) / n / (n - 1), 1e-30
-            )  # |E g|^2, from pairs
+            use = np.arange(BLOCKS) != left_out
+            kept = self.member != left_out
+            n = kept.sum()
+            squares = self.squares[kept].sum()
+            pairs = products[np.ix_(use, use)].sum() - squares
+            square = max(pairs / n / (n - 1), 1e-30)  # |E g|^2
             cosines = self.dots[kept].mean(0) / self.norms / math.sqrt(square)
             total.append([square / (squares / n - square), *cosines])
         return np.array(total)
 
 
 def interval(total) -> dict:
-    """Value and half width of the 95% interval, by the jackknife, from a value and those without each block."""
+    """Value and half width of the 95% interval, by the jackknife, from a value and those without
+    each block."""
     value, left_out = total[0], total[1:]
     n = len(left_out)
     half = student(n - 1) * math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
@@ -362,12 +366,17 @@ def mean_interval(values) -> dict:
 
 def measure(policy: Policy, condition: Condition, targets: list[Target]) -> dict:
     """Every rule on the same rollouts; targets are G* and, where it is known, G_train."""
-    began, c, setting = time.time(), condition, SETTINGS[condition.setting]
+    began = time.time()
+    c = condition
+    setting = SETTINGS[c.setting]
     sums = {rule: Sums(c.batches, targets) for rule in c.rules}
-    all_rewards, forks, shared = [], *({B: [] for B in BUDGETS} for _ in range(2))
+    all_rewards = []
+    forks = {B: [] for B in BUDGETS}
+    shared = {B: [] for B in BUDGETS}
     for n in tqdm(range(c.batches), desc=c.file, disable=None):
         batch = roll(policy, 3, n, c.question, BATCH // c.K, c.K, setting.top_p)
-        rewards, weight = batch.rewards(c.reward), batch.weight(setting)
+        rewards = batch.rewards(c.reward)
+        weight = batch.weight(setting)
         logp = batch.logp(policy)
         torch.manual_seed(n)  # random boundaries
         for rule in c.rules:
@@ -392,7 +401,8 @@ OTHERS = {"": BASELINE, " to plain": PLAIN, " to LEAF": "LEAF"}
 
 
 def compare(sums: dict[str, Sums]) -> dict[str, dict]:
-    """What each rule reaches, and its differences on the same batches to GRPO, with floor or plain std, and to LEAF."""
+    """What each rule reaches, and its differences on the same batches to GRPO, with floor or plain
+    std, and to LEAF."""
     cosines = {rule: s.cosines() for rule, s in sums.items()}
     wholes = {rule: s.whole() for rule, s in sums.items()}
     table = {}
@@ -403,38 +413,36 @@ def compare(sums: dict[str, Sums]) -> dict[str, dict]:
         for n, target in zip(range(cosines[rule].shape[1]), TARGETS):
             row[f"cosine {target}"] = mean_interval(cosines[rule][:, n])
             for name, other in OTHERS.items():
-                row[f"cosine {target} difference{name}"] = mean_interval(
-                    (cosines[rule] - cosines[other])[:, n]
-                )
+                difference = (cosines[rule] - cosines[other])[:, n]
+                row[f"cosine {target} difference{name}"] = mean_interval(difference)
             row[f"bias {target}"] = interval(wholes[rule][:, 1 + n])
             row[f"bias {target} difference"] = interval((wholes[rule] - wholes[BASELINE])[:, 1 + n])
     return table
 
 
 def shared_tokens(tokens, lengths, rewards, boundaries) -> float:
-    """Share of tokens that stand in a span which ends at a node: the rest, the tails, are nobody else's."""
+    """Share of tokens that stand in a span which ends at a node: the rest, the tails, are nobody
+    else's."""
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    ends = [
-        max([v.boundary for v in nodes if i in v.members], default=0) for i in range(len(rewards))
-    ]
+    paths = [leaf.path_of(i, nodes) for i in range(len(rewards))]
+    ends = [path[-1].boundary if path else 0 for path in paths]
     return sum(map(min, ends, lengths.tolist())) / int(lengths.sum())
 
 
 def fork_summary(rewards, reports: list[dict], shared: list[float]) -> dict[str, float]:
     summary = leaf.group_stats(rewards, reports) | {"shared_tokens": fmean(shared)}
-    for name in (
-        "group_size",
-        "reward_spread",
-    ):  # of the retained groups, 0 for a boundary without one
+    for name in ("group_size", "reward_spread"):  # of retained groups, 0 for a boundary without one
         summary[name] = fmean(report[name] for report in reports)
     return {name: round(value, 4) for name, value in summary.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Where credit goes: the true advantage of every token
 
 
-DECISION_BATCHES, COMPLETIONS, DECISIVE = 20, 32, 0.1
+DECISION_BATCHES = 20
+COMPLETIONS = 32  # of each prefix
+DECISIVE = 0.1  # |A*| of a token that matters
 BINS = 10  # of the relative position in a response
 BOOTSTRAP = 1000
 
@@ -442,58 +450,62 @@ BOOTSTRAP = 1000
 def completions(
     policy: Policy, prompts: Prompts, prefixes: list[tuple], row: dict, key: list[int], chunk=24
 ):
-    """Rewards (n, COMPLETIONS) and first tokens (n, COMPLETIONS) of completions of a prompt's prefixes, top-p 1."""
-    model, tokenizer, limit = policy.model, policy.split.tokenizer, policy.cfg.max_new_tokens
-    heard, rewards, firsts = prompts.x[0, prompts.valid[0]], [], []
+    """Rewards (n, COMPLETIONS) and first tokens (n, COMPLETIONS) of completions of a prompt's
+    prefixes, top-p 1."""
+    model = policy.model
+    tokenizer = policy.split.tokenizer
+    limit = policy.cfg.max_new_tokens
+    embed = model.language_model.model.embed_tokens
+    heard = prompts.x[0, prompts.valid[0]]
+    rewards, firsts = [], []
     for start in range(0, len(prefixes), chunk):
         part = prefixes[start : start + chunk]
         with torch.no_grad():
-            embedded = [
-                model.language_model.model.embed_tokens(torch.tensor(p, dtype=torch.int64))
-                for p in part
-            ]
-        x, lengths = pad([torch.cat((heard, e)) for e in embedded], "cpu")
-        longer = Prompts(x, torch.arange(x.shape[1]) < lengths[:, None])
-        u = data.noise(
-            key,
-            list(range(start, start + len(part))),
-            COMPLETIONS,
-            limit - min(map(len, part)),
-            "cpu",
-        )
-        rollout = model.sample(longer, u, tokenizer.eos_id)
+            embedded = [embed(torch.tensor(prefix, dtype=torch.int64)) for prefix in part]
+        longer = [torch.cat((heard, e)) for e in embedded]
+        x = pad_sequence(longer, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in longer])
+        valid = torch.arange(x.shape[1]) >= x.shape[1] - lengths[:, None]
+        places = list(range(start, start + len(part)))
+        room = limit - min(len(prefix) for prefix in part)
+        u = data.noise(key, places, COMPLETIONS, room, "cpu")
+        rollout = model.sample(Prompts(x, valid), u, tokenizer.eos_id)
         for prefix, tokens, counts in zip(part, rollout.tokens.tolist(), rollout.lengths.tolist()):
             texts = [tokenizer.decode([*prefix, *t[:n]][:limit]) for t, n in zip(tokens, counts)]
-            rewards.append(data.rewards(texts, [row] * len(texts)))
+            rewards.append(data.reward_all(texts, [row] * len(texts)))
             firsts.append([t[0] for t in tokens])
     return np.array(rewards), np.array(firsts)
 
 
 def true_advantages(policy: Policy, batch: Batch, p: int):
-    """A*(t) = Q(t + 1 tokens) - Q(t tokens) of prompt p's responses (K, T), its noise variance, and Q(no tokens).
+    """A*(t) = Q(t + 1 tokens) - Q(t tokens) of prompt p's responses (K, T), its noise variance, and
+    Q(no tokens).
 
-    Q(t) = pi Q(t + 1) + (1 - pi) Q_other, where pi is the probability of the token and Q_other the value of the other
-    tokens there, from the completions that took one. So A* = (1 - pi) (Q(t + 1) - Q_other): a token that had to come
-    has hardly any noise. Where no completion took another, A* is 0.
+    Q(t) = pi Q(t + 1) + (1 - pi) Q_other, where pi is the probability of the token and Q_other the
+    value of the other tokens there, from the completions that took one. So A* = (1 - pi) (Q(t + 1)
+    - Q_other): a token that had to come has hardly any noise. Where no completion took another, A*
+    is 0.
     """
-    index, row = batch.indices[p], batch.rows[p]
-    tokens, lengths = batch.rollout.tokens[p].tolist(), batch.rollout.lengths[p].tolist()
+    index = batch.indices[p]
+    row = batch.rows[p]
+    tokens = batch.rollout.tokens[p].tolist()
+    lengths = batch.rollout.lengths[p].tolist()
     whole = [tuple(t[:n]) for t, n in zip(tokens, lengths)]
     prefixes = sorted({t[:n] for t in whole for n in range(len(t))}, key=lambda x: (len(x), x))
-    rewards, firsts = completions(
-        policy, policy.split.batch(policy.model, [index]), prefixes, row, [SEED, 4, index]
-    )
+    prompts = policy.split.prompts(policy.model, [index])
+    rewards, firsts = completions(policy, prompts, prefixes, row, [SEED, 4, index])
     place = {prefix: i for i, prefix in enumerate(prefixes)}
-    value, noise = rewards.mean(1), rewards.var(1, ddof=1) / COMPLETIONS
+    value = rewards.mean(1)
+    noise = rewards.var(1, ddof=1) / COMPLETIONS
     advantage, variance = torch.zeros(2, *batch.rollout.tokens.shape[1:])
     for k, response in enumerate(whole):
         for t in range(len(response)):
-            here, after = place[response[:t]], place.get(response[: t + 1])
-            q, v = (
-                (value[after], noise[after])
-                if after is not None
-                else (data.reward(batch.texts[p][k], row), 0)
-            )
+            here = place[response[:t]]
+            after = place.get(response[: t + 1])
+            if after is None:  # the response ends here
+                q, v = data.reward(batch.texts[p][k], row), 0
+            else:
+                q, v = value[after], noise[after]
             others = rewards[here][firsts[here] != response[t]]
             if len(others):
                 rest = 1 - math.exp(batch.rollout.logp[p, k, t])
@@ -503,47 +515,52 @@ def true_advantages(policy: Policy, batch: Batch, p: int):
 
 
 def decisions(policy: Policy, target: Target) -> dict:
-    """Rules' credit against the true advantage, token by token; boundaries against decisions; the oracle's gradient."""
-    began, setting, prompts, oracle, landed = time.time(), SETTINGS["training"], [], [], {}
+    """Rules' credit against the true advantage, token by token; boundaries against decisions; the
+    oracle's gradient."""
+    began = time.time()
+    setting = SETTINGS["training"]
+    tokenizer = policy.split.tokenizer
+    prompts, oracle = [], []
+    landed = {how: [] for how in BOUNDARIES}
     batches = [roll(policy, 5, n, "all", 8, 8, setting.top_p) for n in range(DECISION_BATCHES)]
     bar = tqdm(total=8 * DECISION_BATCHES, desc="true advantages", disable=None)
     for batch in batches:
-        rewards, mask, truths = batch.rewards("BLEU"), batch.rollout.mask, []
+        rewards = batch.rewards("BLEU")
+        mask = batch.rollout.mask
+        truths = []
         for p, group in enumerate(batch.groups(rewards)):
             advantage, variance, start = true_advantages(policy, batch, p)
             truths.append(advantage)
             torch.manual_seed(len(prompts))
             credits = {rule: f(*group) for rule, f in RULES.items()}
+            tokens, lengths, _, _ = group
             prompts.append(
-                dict(
-                    mask=mask[p].numpy(),
-                    truth=advantage.numpy(),
-                    noise=variance.numpy(),
-                    rewards=rewards[p],
-                    start=start,
-                    credits={rule: credit.numpy() for rule, credit in credits.items()},
-                    row=batch.rows[p],
-                    pieces=[
-                        policy.split.tokenizer.pieces(t[:n].tolist())
-                        for t, n in zip(group[0], group[1])
-                    ],
-                )
+                {
+                    "mask": mask[p].numpy(),
+                    "truth": advantage.numpy(),
+                    "noise": variance.numpy(),
+                    "rewards": rewards[p],
+                    "start": start,
+                    "credits": {rule: credit.numpy() for rule, credit in credits.items()},
+                    "row": batch.rows[p],
+                    "pieces": [tokenizer.pieces(t[:n].tolist()) for t, n in zip(tokens, lengths)],
+                }
             )
-            for how in ("surprisal", "random", "even"):
-                landed.setdefault(how, []).append(landings(how, group, advantage.numpy()))
+            for how in BOUNDARIES:
+                landed[how].append(landings(how, group, advantage.numpy()))
             bar.update()
         compared = {rule: [f(*g) for g in batch.groups(rewards)] for rule, f in RULES.items()}
         compared["true advantage"] = truths
         logp = batch.logp(policy)
         weight = batch.weight(setting)
-        gradients = {
-            rule: gradient(policy, logp, torch.stack(credit) * weight)
-            for rule, credit in compared.items()
-        }
-        oracle.append(
-            {rule: float(target.mean @ g / g.norm() / target.norm) for rule, g in gradients.items()}
-        )
+        reached = {}
+        for rule, credit in compared.items():
+            g = gradient(policy, logp, torch.stack(credit) * weight)
+            reached[rule] = float(target.mean @ g / g.norm() / target.norm)
+        oracle.append(reached)
     cosines = {rule: np.array([x[rule] for x in oracle]) for rule in oracle[0]}
+    gains = {rule: x - cosines[BASELINE] for rule, x in cosines.items()}
+    places = {"true advantage": profile(prompts, None)}
     return {
         "prompts": len(prompts),
         "completions": COMPLETIONS,
@@ -555,70 +572,56 @@ def decisions(policy: Policy, target: Target) -> dict:
         "reliability of A*": round(reliability(prompts), 4),
         "share of tokens": round(share_decisive(prompts), 4),
         "rules": {rule: token_agreement(prompts, rule) for rule in RULES},
-        "position": {"true advantage": profile(prompts, None)}
-        | {rule: profile(prompts, rule) for rule in RULES},
+        "position": places | {rule: profile(prompts, rule) for rule in RULES},
         "boundaries": {how: summarise_landings(x) for how, x in landed.items()},
         "cosine G*": {rule: mean_interval(x) for rule, x in cosines.items()},
-        "cosine G* difference": {
-            rule: mean_interval(x - cosines[BASELINE]) for rule, x in cosines.items()
-        },
+        "cosine G* difference": {rule: mean_interval(x) for rule, x in gains.items()},
         "example": example(prompts),
         "seconds": round(time.time() - began),
     }
 
 
 def telescoping(prompts) -> dict:
-    """The advantages of a response's tokens should add up to what it got beyond what was to be expected."""
-    pairs = [
-        (t[m].sum(), r - p["start"])
-        for p in prompts
-        for t, m, r in zip(p["truth"], p["mask"], p["rewards"])
-    ]
+    """The advantages of a response's tokens should add up to what it got beyond what was to be
+    expected."""
+    pairs = []
+    for p in prompts:
+        for truth, mask, reward in zip(p["truth"], p["mask"], p["rewards"]):
+            pairs.append((truth[mask].sum(), reward - p["start"]))
     a, b = np.array(pairs).T
-    return {
-        "correlation": round(float(np.corrcoef(a, b)[0, 1]), 4),
-        "mean gap": round(float((a - b).mean()), 4),
-    }
+    correlation = float(np.corrcoef(a, b)[0, 1])
+    return {"correlation": round(correlation, 4), "mean gap": round(float((a - b).mean()), 4)}
 
 
 def reliability(prompts) -> float:
     """Share of A*'s variance over tokens that is not noise."""
-    truth, noise = (
-        np.concatenate([p[name][p["mask"]] for p in prompts]) for name in ("truth", "noise")
-    )
+    truth = np.concatenate([p["truth"][p["mask"]] for p in prompts])
+    noise = np.concatenate([p["noise"][p["mask"]] for p in prompts])
     return float(1 - noise.mean() / truth.var())
 
 
 def share_decisive(prompts) -> float:
-    return float(np.mean(abs(np.concatenate([p["truth"][p["mask"]] for p in prompts])) > DECISIVE))
+    truth = np.concatenate([p["truth"][p["mask"]] for p in prompts])
+    return float(np.mean(abs(truth) > DECISIVE))
 
 
 def token_agreement(prompts, rule: str) -> dict:
-    """Correlation of credit and A* over tokens, without what A*'s noise takes, and what decisive tokens get."""
+    """Correlation of credit and A* over tokens, without what A*'s noise takes, and what decisive
+    tokens get."""
     rows = []
     for p in prompts:
-        a, c, noise = (
-            x[p["mask"]].astype(float) for x in (p["truth"], p["credits"][rule], p["noise"])
-        )
-        big = abs(a) > DECISIVE
-        rows.append(
-            [
-                len(a),
-                a.sum(),
-                c.sum(),
-                a @ a,
-                c @ c,
-                a @ c,
-                noise.sum(),
-                abs(c)[big].sum(),
-                abs(c).sum(),
-            ]
-        )
+        values = (p["truth"], p["credits"][rule], p["noise"])
+        a, c, noise = (x[p["mask"]].astype(float) for x in values)
+        sums = [len(a), a.sum(), c.sum(), a @ a, c @ c, a @ c, noise.sum()]
+        decisive = abs(c)[abs(a) > DECISIVE]
+        rows.append([*sums, decisive.sum(), abs(c).sum()])
 
     def statistics(rows):  # (..., prompts, 9) -> correlation, share (..., 2)
-        n, a, c, aa, cc, ac, noise, big, size = np.moveaxis(rows.sum(-2), -1, 0)
-        covariance, spread = ac / n - a * c / n**2, (aa - noise) / n - (a / n) ** 2
-        return np.stack((covariance / np.sqrt(spread * (cc / n - (c / n) ** 2)), big / size), -1)
+        n, a, c, aa, cc, ac, noise, decisive, size = np.moveaxis(rows.sum(-2), -1, 0)
+        covariance = ac / n - a * c / n**2
+        spread_a = (aa - noise) / n - (a / n) ** 2
+        spread_c = cc / n - (c / n) ** 2
+        return np.stack((covariance / np.sqrt(spread_a * spread_c), decisive / size), -1)
 
     return bootstrap(rows, statistics, ("correlation", "share on decisive"))
 
@@ -646,11 +649,19 @@ def profile(prompts, rule: str | None) -> list[float]:
     return [round(float(x), 4) for x in total / count]
 
 
+BOUNDARIES = {  # of surprisal and lengths, with LEAF's budget
+    "surprisal": leaf.select_boundaries,
+    "random": lambda surprisal, lengths: random_boundaries(lengths, fork_budget=2),
+    "even": lambda surprisal, lengths: even_boundaries(lengths, fork_budget=2),
+}
+
+
 def landings(how: str, group, truth) -> list:
-    """For each boundary and each response that goes on past it: the distance to its nearest decisive token, or None."""
-    tokens, lengths, surprisal, _ = group
+    """For each boundary and each response that goes on past it: the distance to its nearest
+    decisive token, or None."""
+    _, lengths, surprisal, _ = group
     found = []
-    for b in leaf.choose_boundaries(how, surprisal, lengths):
+    for b in BOUNDARIES[how](surprisal, lengths):
         for values, length in zip(truth, lengths.tolist()):
             if length > b:
                 at = np.flatnonzero(abs(values[:length]) > DECISIVE) - b
@@ -661,9 +672,8 @@ def landings(how: str, group, truth) -> list:
 def summarise_landings(found: list[list]) -> dict:
     """found: for each prompt, the distances of `landings`."""
 
-    def statistics(
-        rows,
-    ):  # (..., prompts, 4) -> the two shares, and the mean distance of those that have one
+    def statistics(rows):
+        """(..., prompts, 4) -> the two shares, and the mean distance of those that have one."""
         count, at, near, distance = np.moveaxis(rows.sum(-2), -1, 0)
         return np.stack((at / count, 1 - near / count, distance / near), -1)
 
@@ -677,26 +687,22 @@ def summarise_landings(found: list[list]) -> dict:
 def example(prompts) -> dict:
     """Of a long answer, the response with the most decisive token: what the figure shows."""
     long = [p for p in prompts if len(p["row"]["slots"]) == 7]
-    p, k = max(
-        ((p, k) for p in long for k in range(len(p["rewards"]))),
-        key=lambda x: abs(x[0]["truth"][x[1]]).max(),
-    )
+    responses = [(p, k) for p in long for k in range(len(p["rewards"]))]
+    p, k = max(responses, key=lambda x: abs(x[0]["truth"][x[1]]).max())
     n = p["mask"][k].sum()
-    shown = {"true advantage": p["truth"][k]} | {
-        rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, OURS)
-    }
+    shown = {"true advantage": p["truth"][k]}
+    shown |= {rule: p["credits"][rule][k] for rule in ("LEAF", BASELINE, OURS)}
+    credits = {name: [round(float(x), 4) for x in values[:n]] for name, values in shown.items()}
     return {
         "reference": p["row"]["reference"],
         "pieces": p["pieces"][k],
         "reward": round(p["rewards"][k], 4),
         "rewards": [round(r, 4) for r in p["rewards"]],
-        "credits": {
-            name: [round(float(x), 4) for x in values[:n]] for name, values in shown.items()
-        },
+        "credits": credits,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables and figures
 
 
@@ -719,41 +725,39 @@ def show(title: str, columns: list[str], rows: dict[str, list[str]]):
 
 
 def show_condition(result: dict):
-    c, truth = result["condition"], result["truth"]
+    c = result["condition"]
+    truth = result["truth"]
     title = (
-        f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, {c['reward']}; "
-        f"{c['batches']} batches; halves of the truth agree to {truth}"
+        f"{c['setting']} setting, base of {c['base']} steps, {c['question']} rows, K = {c['K']}, "
+        f"{c['reward']}; {c['batches']} batches; halves of the truth agree to {truth}"
     )
     columns = ["cosine G*", *(f"cosine G* difference{name}" for name in OTHERS)]
     columns += ["SNR", "SNR difference", "bias G*", "bias G* difference"]
     columns += ["cosine G_train", "cosine G_train difference"] if "G_train" in truth else []
-    show(
-        title,
-        columns,
-        {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()},
-    )
+    rows = {rule: [cell(row[x]) for x in columns] for rule, row in result["rules"].items()}
+    show(title, columns, rows)
 
 
 def show_map(cells: list[dict]):
     rows = {}
     for result in cells:
         c = result["condition"]
+        rules = result["rules"]
         for B, rule in LEAF_BY_BUDGET.items():
-            fork, row = result["forks"][str(B)], result["rules"][rule]
+            fork = result["forks"][str(B)]
+            row = rules[rule]
             rows[f"{BASES[c['base']]}, {c['question']}, K={c['K']}, B={B}"] = [
                 f"{fork['usable_fork_fire']:.2f}",
                 f"{fork['fork_fire']:.2f}",
                 f"{fork['group_size']:.1f}",
                 f"{fork['reward_spread']:.3f}",
                 f"{fork['reward_std']:.3f}",
-                f"{result['rules'][BASELINE]['cosine G*']['value']:.3f}",
+                f"{rules[BASELINE]['cosine G*']['value']:.3f}",
                 cell(row["cosine G* difference"]),
                 cell(row["cosine G* difference to plain"]),
                 cell(row["SNR difference"]),
-                *(
-                    cell(result["rules"][rule]["cosine G* difference"])
-                    for rule in (NO_Z_SCORE, OURS)
-                ),
+                cell(rules[NO_Z_SCORE]["cosine G* difference"]),
+                cell(rules[OURS]["cosine G* difference"]),
             ]
     columns = [
         "usable forks",
@@ -771,41 +775,29 @@ def show_map(cells: list[dict]):
     show("map, training setting", columns, rows)
     usable = [result["forks"][str(B)]["usable_fork_fire"] for result in cells for B in BUDGETS]
     for name, other in (("", BASELINE), (" to plain", PLAIN)):
-        gains = [
-            r["rules"][rule][f"cosine G* difference{name}"]
-            for r in cells
-            for rule in LEAF_BY_BUDGET.values()
-        ]
-        above, below = (
-            sum(sign * gain["value"] > gain["ci"] for gain in gains) for sign in (1, -1)
-        )
+        measure = f"cosine G* difference{name}"
+        leafs = LEAF_BY_BUDGET.values()
+        gains = [result["rules"][rule][measure] for result in cells for rule in leafs]
+        above = sum(gain["value"] > gain["ci"] for gain in gains)
+        below = sum(-gain["value"] > gain["ci"] for gain in gains)
         r = np.corrcoef(usable, [gain["value"] for gain in gains])[0, 1]
         print(
-            f"{len(gains)} cells against {other}: {above} above and {below} below by more than the interval; "
-            f"correlation with usable forks {r:.2f}"
+            f"{len(gains)} cells against {other}: {above} above and {below} below by more than the "
+            f"interval; correlation with usable forks {r:.2f}"
         )
 
 
 def show_decisions(d: dict):
-    print(
-        f"\n{d['prompts']} prompts, {d['tokens']} tokens, {d['share of tokens']:.1%} with |A*| > {d['decisive']}"
-    )
+    decisive = f"{d['share of tokens']:.1%} with |A*| > {d['decisive']}"
+    print(f"\n{d['prompts']} prompts, {d['tokens']} tokens, {decisive}")
     for check in ("Q of nothing", "mean reward", "A* sum against r - Q", "reliability of A*"):
         print(f"{check}: {d[check]}")
     columns = ["correlation", "share on decisive"]
-    show(
-        "credit against A*",
-        columns,
-        {rule: [cell(row[c]) for c in columns] for rule, row in d["rules"].items()},
-    )
-    where = {
-        how: {name: cell(value) for name, value in x.items()} for how, x in d["boundaries"].items()
-    }
-    show(
-        "nearest decisive token, from each boundary in each response",
-        list(where["even"]),
-        {how: list(x.values()) for how, x in where.items()},
-    )
+    rows = {rule: [cell(row[c]) for c in columns] for rule, row in d["rules"].items()}
+    show("credit against A*", columns, rows)
+    columns = list(d["boundaries"]["even"])
+    rows = {how: [cell(x[c]) for c in columns] for how, x in d["boundaries"].items()}
+    show("nearest decisive token, from each boundary in each response", columns, rows)
     columns = ["cosine G*", "cosine G* difference"]
     rows = {rule: [cell(d[c][rule]) for c in columns] for rule in (*SHOWN, "true advantage")}
     show("batches' gradients, with the true advantage as credit beside them", columns, rows)
@@ -816,51 +808,41 @@ def plot_credit(main: dict, d: dict):
 
     figure = plt.figure(figsize=(13, 8.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 2.2))
-    strip, line, to_grpo = (
-        figure.add_subplot(grid[place]) for place in (np.s_[0, :], np.s_[1, 0], np.s_[1, 1])
-    )
+    strip = figure.add_subplot(grid[0, :])
+    line = figure.add_subplot(grid[1, 0])
+    to_grpo = figure.add_subplot(grid[1, 1])
     to_leaf = figure.add_subplot(grid[1, 2], sharey=to_grpo)
 
     e = d["example"]
     names = list(e["credits"])
     values = np.array([e["credits"][name] for name in names])
-    strip.imshow(
-        values / abs(values).max(1, keepdims=True), cmap="PiYG", vmin=-1, vmax=1, aspect="auto"
-    )
+    scaled = values / abs(values).max(1, keepdims=True)
+    strip.imshow(scaled, cmap="PiYG", vmin=-1, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.7 * abs(values[row]).max() else "black"
         strip.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=8, color=colour)
     strip.set_yticks(range(len(names)), names)
     strip.set_xticks(range(len(e["pieces"])), [piece.strip() or "␣" for piece in e["pieces"]])
-    title = f"(a) a response of reward {e['reward']:.2f}, mean {fmean(e['rewards']):.2f}; wanted: {e['reference']}"
-    strip.set_title(title, fontsize=10)
+    rewards = f"a response of reward {e['reward']:.2f}, mean {fmean(e['rewards']):.2f}"
+    strip.set_title(f"(a) {rewards}; wanted: {e['reference']}", fontsize=10)
 
     x = (np.arange(BINS) + 0.5) / BINS
     for name, colour in {"true advantage": "black", **SHOWN}.items():
         y = np.array(d["position"][name])
-        line.plot(
-            x, y / y.mean(), "o--" if name == "true advantage" else "o-", color=colour, label=name
-        )
+        style = "o--" if name == "true advantage" else "o-"
+        line.plot(x, y / y.mean(), style, color=colour, label=name)
     line.set_xlabel("position in the response")
     line.set_ylabel("mean |credit|, over its mean")
     line.set_title("(b) where credit goes", fontsize=10)
     line.legend(fontsize=8)
 
     rules = list(main["rules"])[::-1]
-    for axes, letter, name, other in (
-        (to_grpo, "c", "", BASELINE),
-        (to_leaf, "d", " to LEAF", "LEAF"),
-    ):
+    panels = ((to_grpo, "c", "", BASELINE), (to_leaf, "d", " to LEAF", "LEAF"))
+    for axes, letter, name, other in panels:
         for y, rule in enumerate(rules):
             gain = main["rules"][rule][f"cosine G* difference{name}"]
-            axes.errorbar(
-                gain["value"],
-                y,
-                xerr=gain["ci"],
-                fmt="o",
-                color=SHOWN.get(rule, "tab:gray"),
-                capsize=2,
-            )
+            colour = SHOWN.get(rule, "tab:gray")
+            axes.errorbar(gain["value"], y, xerr=gain["ci"], fmt="o", color=colour, capsize=2)
         axes.axvline(0, color=SHOWN[other])
         axes.locator_params(axis="x", nbins=6)
         cosine = main["rules"][other]["cosine G*"]["value"]
@@ -887,12 +869,9 @@ def plot_map(cells: list[dict]):
             c = result["condition"]
             colour, marker = BASE_COLOURS[c["base"]], K_MARKERS[c["K"]]
             for B, rule in rules.items():
-                gain, usable = (
-                    result["rules"][rule][measure],
-                    result["forks"][str(B)]["usable_fork_fire"],
-                )
+                gain = result["rules"][rule][measure]
                 axes.errorbar(
-                    usable,
+                    result["forks"][str(B)]["usable_fork_fire"],
                     gain["value"],
                     gain["ci"],
                     fmt=marker,
@@ -930,11 +909,8 @@ def save(figure, name: str):
 
 
 def report():
-    found = {
-        c: data.read_json(FOLDER / c.file)
-        for c in [*MAIN, *REWARD, *MAP]
-        if (FOLDER / c.file).exists()
-    }
+    measured = [c for c in [*MAIN, *REWARD, *MAP] if (FOLDER / c.file).exists()]
+    found = {c: train.read_json(FOLDER / c.file) for c in measured}
     for c in [*MAIN, *REWARD]:
         if c in found:
             show_condition(found[c])
@@ -943,23 +919,24 @@ def report():
         show_map(cells)
         plot_map(cells)
     if (FOLDER / "decisions.json").exists():
-        d = data.read_json(FOLDER / "decisions.json")
+        d = train.read_json(FOLDER / "decisions.json")
         show_decisions(d)
         plot_credit(found[MAIN[0]], d)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Everything in order
 
 
 def keep(file: Path, result: dict):
     """Beside the bases, from where a stopped run goes on, and in the repository's results."""
-    data.write_json(file, result)
-    data.write_json(FOLDER / file.name, result)
+    train.write_json(file, result)
+    train.write_json(FOLDER / file.name, result)
 
 
 def run(out: Path):
-    began, policies, truths = time.time(), {}, {}
+    began = time.time()
+    policies, truths = {}, {}
 
     def policy(base):
         if base not in policies:
@@ -980,7 +957,7 @@ def run(out: Path):
 
     def finish_all(conditions):
         for c in conditions:
-            finish(c.file, lambda: measure(policy(c.base), c, targets(c)))
+            finish(c.file, lambda c=c: measure(policy(c.base), c, targets(c)))
 
     finish_all(MAIN[:1])
     finish("decisions.json", lambda: decisions(policy(MAIN_BASE), targets(MAIN[0])[0]))
@@ -1001,9 +978,9 @@ def main():
     args = parser.parse_args()
     if args.plot:
         return report()
-    with data.lock(args.out, wait=False):
+    with train.lock(args.out, wait=False):
         measured = {"rules": list(RULES), "conditions": [c.file for c in (*MAIN, *REWARD, *MAP)]}
-        data.check_same(args.out, measured, "config.json")
+        train.check_same(args.out, measured, "config.json")
         run(args.out)
 
 

@@ -1,9 +1,9 @@
 """Ask a trained model about a recording, and see its sampled answers as LEAF sees them.
 
-    python -m tools.ask RUN AUDIO "question"                       the greedy answer
-    python -m tools.ask RUN AUDIO "question" --samples 8           and the tree of 8 sampled ones
-    python -m tools.ask RUN AUDIO "question" --samples 8 --reference TEXT
-                                                    with rewards, values and every token's credit
+python -m tools.ask RUN AUDIO "question"                       the greedy answer
+python -m tools.ask RUN AUDIO "question" --samples 8           and the tree of 8 sampled ones
+python -m tools.ask RUN AUDIO "question" --samples 8 --reference TEXT
+                                                with rewards, values and every token's credit
 """
 
 import argparse
@@ -56,7 +56,9 @@ def main(argv=None):
     parser.add_argument("audio", help="recording to ask about")
     parser.add_argument("question")
     parser.add_argument("--samples", type=int, default=0, help="sample so many, show their tree")
-    parser.add_argument("--reference", default="", help="the right answer: shows rewards and credit")
+    parser.add_argument(
+        "--reference", default="", help="the right answer: shows rewards and credit"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
     if data.AUDIO in args.question or not args.question.strip():
