@@ -71,21 +71,15 @@ def flag(default, help: str, choices=None, least: int = 1, group: str = ""):
 @dataclass
 class Config:
     task: str = flag("qa", "synthetic task", ("qa", "translation"), group="data")
-    data: str = flag(
-        "", "folder of a corpus with train, validation and test.jsonl; replaces --task"
-    )
+    data: str = flag("", "folder with train, validation and test.jsonl; replaces --task")
     skip_bad_rows: bool = flag(False, "go on without the rows of --data that fail the check")
     max_audio_seconds: float = flag(30.0, "longest recording accepted")
     train_rows: int = flag(2000, "synthetic rows to train on")
     validation_rows: int = flag(96, "validation rows: synthetic ones, or the first of --data")
     test_rows: int = flag(300, "test rows: synthetic ones, or the first of --data")
 
-    init: str = flag(
-        "", "folder of a released Granite Speech checkpoint to start from", group="base model"
-    )
-    system_prompt: str = flag(
-        "", "with --init, the system turn of its chat; default: the template's"
-    )
+    init: str = flag("", "folder of a released Granite Speech checkpoint", group="base model")
+    system_prompt: str = flag("", "system turn of the chat of --init; default: the template's")
     base: str = flag("", "folder of the base; default: beside the run; trained if it is not there")
     base_seed: int = flag(0, "seed of the base model and of the synthetic data", least=0)
     ctc_steps: int = flag(120, "steps of CTC training of the encoder")
@@ -93,15 +87,11 @@ class Config:
     base_lr: float = flag(3e-3, "peak learning rate of both")
     base_batch: int = flag(32, "rows per step of both")
 
-    algo: str = flag(
-        "leaf", "how credit is assigned", ("leaf", "grpo"), group="policy optimisation"
-    )
+    algo: str = flag("leaf", "the method", ("leaf", "grpo"), group="policy optimisation")
     steps: int = flag(400, "rollout batches")
     prompts: int = flag(8, "prompts per rollout batch (paper: 6)")
     responses: int = flag(8, "K, responses per prompt, which are compared with each other", least=2)
-    update_prompts: int = flag(
-        4, "prompts, with all responses, per optimiser step (paper: about 1)"
-    )
+    update_prompts: int = flag(4, "prompts per optimiser step (paper: about 1)")
     micro_prompts: int = flag(4, "prompts per forward pass; changes memory and not the result")
     lr: float = flag(2e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
@@ -121,9 +111,7 @@ class Config:
     lora_r: int = flag(16, "rank (paper: 64)", group="LoRA")
     lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
     lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
-    lora_targets: str = flag(
-        "decoder", "its 7 projections; or last names of layers, q_proj,up_proj,..."
-    )
+    lora_targets: str = flag("decoder", "its 7 projections; or last names, q_proj,up_proj,...")
     resume_adapter: str = flag("", "folder of a PEFT adapter to go on from, with its own settings")
 
     eval_every: int = flag(50, "steps between validations; 0: never", least=0, group="evaluation")
@@ -138,19 +126,9 @@ class Config:
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")
 
     # May change between a run and its resumption; everything else is what the run is.
-    FREE = (
-        "out",
-        "init",
-        "base",
-        "data",
-        "save_every",
-        "device",
-        "cuda_graph",
-        "cache_gb",
-        "micro_prompts",
-    )
+    FREE = "out init base data save_every device cuda_graph cache_gb micro_prompts".split()
     # What the base model depends on.
-    BASE = ("task", "base_seed", "ctc_steps", "sft_steps", "base_lr", "base_batch")
+    BASE = "task base_seed ctc_steps sft_steps base_lr base_batch".split()
 
     @property
     def name(self) -> str:
@@ -180,15 +158,9 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards):
     if cfg.algo == "grpo":  # it has no boundaries; statistics of forks are those LEAF would have
         advantages = leaf.grpo_advantages(rewards, lengths, cfg.std_floor)
         return F.pad(advantages, (0, tokens.shape[1] - advantages.shape[1])), boundaries
-    advantages = leaf.leaf_advantages(
-        tokens,
-        lengths,
-        surprisal,
-        rewards,
-        terms=cfg.terms,
-        multiplicity=cfg.multiplicity,
-        boundaries=boundaries,
-    )
+    ablations = {"terms": cfg.terms, "multiplicity": cfg.multiplicity}
+    group = (tokens, lengths, surprisal, rewards)
+    advantages = leaf.leaf_advantages(*group, boundaries=boundaries, **ablations)
     return advantages, boundaries
 
 
@@ -220,7 +192,7 @@ def train_policy(
             seed_dropout(cfg.seed, step)
             began = time.perf_counter()
 
-            # Rollouts: K responses to each prompt from the model as it is now, LoRA on, dropout off.
+            # Rollouts: K responses to each prompt, from the model as it is; LoRA on, dropout off.
             model.eval()
             places = list(range(step * cfg.prompts, (step + 1) * cfg.prompts))[share]
             order = data.order(len(train.rows), [cfg.seed, 4], step * cfg.prompts, cfg.prompts)
@@ -742,9 +714,8 @@ def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
             tensor.copy_(tensors.pop(f"value.{name}"))
     for key, moment in tensors.items():
         kind, _, name = key.partition(".")
-        # AdamW keeps its step count on the CPU, its moments with their parameter.
-        place = "cpu" if kind == "step" else named[name].device
-        optimizer.state[named[name]][kind] = moment.to(place)
+        # Fused AdamW keeps all of it with the parameter, the step count included.
+        optimizer.state[named[name]][kind] = moment.to(named[name].device)
     return state["step"]
 
 
@@ -841,7 +812,7 @@ def average(tensors: list[torch.Tensor]):
 
 
 def seed_dropout(seed: int, step: int):
-    """Dropout's random numbers, keyed by the step: the same after a resume, others in each process."""
+    """Dropout's random numbers, keyed by step and process: a resumed run repeats them."""
     key = [seed, step, rank()] if rank() else [seed, step]
     torch.manual_seed(int(np.random.default_rng(key).integers(2**31)))
 
@@ -891,27 +862,23 @@ def make_parser() -> argparse.ArgumentParser:
     for f in fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
-        text = f.metadata["help"]
-        if default != "":
-            text += f" (default: {default})"
         name = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"]
+        if f.default != "":
+            default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
+            text += f" (default: {default})"
         if isinstance(f.default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = f.metadata["choices"]
-            metavar = None if choices else f.type.upper() if isinstance(f.type, str) else "X"
-            group.add_argument(
-                name, type=type(f.default), choices=choices, metavar=metavar, help=text
-            )
-    group.add_argument(
-        "--eval-only", action="store_true", help="test the run in --out, or --init, and no more"
-    )
+            kind = {"type": type(f.default), "choices": f.metadata["choices"]}
+            group.add_argument(name, help=text, **kind)
+    text = "test the run in --out, or --init, and no more"
+    group.add_argument("--eval-only", action="store_true", help=text)
     return parser
 
 
 def parse(argv) -> tuple[Config, bool]:
-    """The configuration, and whether only to evaluate. Exits with code 2 on a flag that is wrong."""
+    """The configuration, and whether only to evaluate. Exits with code 2 where a flag is wrong."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     eval_only = given.pop("eval_only", False)
