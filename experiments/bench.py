@@ -1,29 +1,38 @@
 """This repository against transformers + PEFT: the same weights, tokens and machine, in one run.
 
-    python -m experiments.bench                                 shapes small and compact, on one CPU thread
-    python -m experiments.bench --shape default --base FOLDER   a base that train.py trained, and rows of its data
-    python -m experiments.bench --shape 2b                      Granite Speech 3.3 2B with random weights; needs CUDA
-    python -m experiments.bench --scaling                       time and memory as one size grows: table and plot
+    python -m experiments.bench                                 shapes small and compact, on one
+                                                                CPU thread
+    python -m experiments.bench --shape default --base FOLDER   a base that train.py trained, and
+                                                                rows of its data
+    python -m experiments.bench --shape 2b                      Granite Speech 3.3 2B with random
+                                                                weights; needs CUDA
+    python -m experiments.bench --scaling                       time and memory as one size grows:
+                                                                table and plot
 
 Three sides take the same training step, from log-mels to updated adapters:
 
     ours      this repository, through the functions that train.py calls
-    official  transformers + PEFT as the authors' code calls them: one prompt at a time; its audio is encoded K times,
-              and the prompt decoded K times, to sample, for old and for reference log-probabilities; the reference is
-              a second model in memory; a forward pass of an update has one response, audio included
-    tuned     transformers + PEFT as well as we can: audio heard once, all prompts and responses in one batch, adapters
-              merged while sampling, a prompt's cache made once and repeated for its K responses, in sampling and in
-              scoring, with gradients, too; logits where they are needed; the reference is the model without adapters
+    official  transformers + PEFT as the authors' code calls them: one prompt at a time; its audio
+              is encoded K times, and the prompt decoded K times, to sample, for old and for
+              reference log-probabilities; the reference is a second model in memory; a forward
+              pass of an update has one response, audio included
+    tuned     transformers + PEFT as well as we can: audio heard once, all prompts and responses in
+              one batch, adapters merged while sampling, a prompt's cache made once and repeated for
+              its K responses, in sampling and in scoring, with gradients, too; logits where they
+              are needed; the reference is the model without adapters
 
-All freeze the encoder, adapt the decoder alone, leave dropout out, take as many optimiser steps per rollout batch and
-use leaf.policy_loss. Each samples T tokens per response, without an end-of-sequence token; what it then scores and
-learns from is one given set of responses. Ours takes old log-probabilities from its sampler; so could "tuned", whence
-the row "step, old log-probs kept". transformers' Granite Speech ignores logits_scaling, which is 1 here.
+All freeze the encoder, adapt the decoder alone, leave dropout out, take as many optimiser steps per
+rollout batch and use leaf.policy_loss. Each samples T tokens per response, without an
+end-of-sequence token; what it then scores and learns from is one given set of responses. Ours takes
+old log-probabilities from its sampler; so could "tuned", whence the row "step, old log-probs kept".
+Ours builds the prefix trees of a batch before the reference, whose time they count in.
+transformers' Granite Speech ignores logits_scaling, which is 1 here.
 
-Before anything is timed, the sides must agree: greedy tokens, log-probabilities with and without adapters, gradients
-of the adapters. Timed are whole steps, the sides in turn, after one step each to warm up; the table has the medians.
-Memory is that of a fresh process with one side in it: weights, and what its first step adds at its peak (on a CPU
-VmHWM over VmRSS before, on a GPU PyTorch's own counters). Results go to experiments/results/bench.json.
+Before anything is timed, the sides must agree: greedy tokens, log-probabilities with and without
+adapters, gradients of the adapters. Timed are whole steps, the sides in turn, after one step each
+to warm up; the table has the medians. Memory is that of a fresh process with one side in it:
+weights, and what its first step adds at its peak (on a CPU VmHWM over VmRSS before, on a GPU
+PyTorch's own counters). Results go to experiments/results/bench.json.
 """
 
 import argparse
@@ -39,7 +48,6 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import peft
 import torch
@@ -60,10 +68,18 @@ from lora import (
     load_adapter,
     lora_disabled,
     lora_parameters,
-    released_name,
+    our_name,
     save_adapter,
 )
-from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig
+from model import (
+    EncoderConfig,
+    PrefixTree,
+    ProjectorConfig,
+    SpeechConfig,
+    SpeechLM,
+    TextConfig,
+    head_dim,
+)
 
 PARTS = ("hearing", "sampling", "old log-probs", "reference", "update")
 
@@ -95,12 +111,12 @@ CONFIGS = {
         ),
         ProjectorConfig(140, 1, 4, 560, 140),
         TextConfig(
-            1024,
-            256,
-            512,
-            6,
-            8,
-            4,
+            vocab_size=1024,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
             embedding_multiplier=12.0,
             attention_multiplier=32**-0.5,
             residual_multiplier=0.5,
@@ -126,43 +142,43 @@ class Case:
 
     @property
     def mask(self):
-        return (
-            torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
-        )
+        T = self.tokens.shape[2]
+        return torch.arange(T, device=self.tokens.device) < self.lengths[..., None]
 
     @classmethod
     def load(cls, folder: Path, device: str) -> "Case":
         saved = torch.load(folder / "case.pt")
         saved["mels"] = [mel.to(device) for mel in saved["mels"]]
-        return cls(
-            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved.items()}
-        )
+        for name, value in saved.items():
+            if isinstance(value, torch.Tensor):
+                saved[name] = value.to(device)
+        return cls(**saved)
 
 
 def prepare(shape: str, work: Workload, folder: Path, base: Path | None, device: str, dtype) -> int:
-    """Write a base model, an adapter that matters and a case into folder; returns the number of parameters."""
+    """Write a base model, an adapter that matters and a case into folder; returns the number of
+    parameters."""
     if shape == "default":
         model = SpeechLM.from_pretrained(base, "cpu", dtype)
-        tokenizer = data.load_tokenizer(base)
+        tokenizer = data.Tokenizer(base / "tokenizer.model")
         split = data.Split("train", synthetic.rows("qa", {"train": work.prompts}, 0)["train"], 1.0)
         mels = split.mels(list(range(work.prompts)))
-        prompts, eos = (
-            [tokenizer.encode_prompt(row["prompt"]) for row in split.rows],
-            tokenizer.eos_id,
-        )
+        prompts = [tokenizer.encode_prompt(row["prompt"]) for row in split.rows]
+        eos = tokenizer.eos_id
     else:
+        config = CONFIGS[shape]
         torch.set_default_dtype(dtype)
-        model = SpeechLM(CONFIGS[shape]).init_weights(0)
+        model = SpeechLM(config).init_weights(0)
         torch.set_default_dtype(torch.float32)
         random = torch.Generator().manual_seed(0)
-        mels = [
-            torch.randn(int(50 * work.audio), 160, generator=random) for _ in range(work.prompts)
-        ]
-        text = torch.randint(
-            CONFIGS[shape].text_config.vocab_size, (work.prompts, work.text), generator=random
-        )
-        half, audio, eos = work.text // 2, CONFIGS[shape].audio_token_index, -1
+        frames = int(50 * work.audio)
+        mels = [torch.randn(frames, 160, generator=random) for _ in range(work.prompts)]
+        size = (work.prompts, work.text)
+        text = torch.randint(config.text_config.vocab_size, size, generator=random)
+        half = work.text // 2
+        audio = config.audio_token_index
         prompts = [[*row[:half], audio, *row[half:]] for row in text.tolist()]
+        eos = -1
     model.eval().save(folder)
     torch.manual_seed(0)
     apply_lora(model, r=work.rank, alpha=2 * work.rank)
@@ -174,25 +190,22 @@ def prepare(shape: str, work: Workload, folder: Path, base: Path | None, device:
     noise = torch.rand(work.prompts, work.responses, work.tokens).to(device)
     with torch.no_grad():
         heard = model.embed_prompts(prompts, model.project(model.encode(mels)))
-        rollout = model.sample(heard, noise, eos, 1.0, 0.9)
-    T = int(rollout.lengths.max())
-    tokens, logp = rollout.tokens[..., :T].cpu(), rollout.logp[..., :T].cpu()
+        rollout = model.sample(heard, noise, eos, 1.0, 0.9).trimmed().to("cpu")
     case = Case(
         mels,
         prompts,
-        tokens,
-        rollout.lengths.cpu(),
-        logp,
-        torch.randn(tokens.shape),
+        rollout.tokens,
+        rollout.lengths,
+        rollout.logp,
+        torch.randn(rollout.tokens.shape),
         work.update_prompts,
     )
-    torch.save(
-        {field.name: getattr(case, field.name) for field in fields(Case)}, folder / "case.pt"
-    )
+    saved = {field.name: getattr(case, field.name) for field in fields(Case)}
+    torch.save(saved, folder / "case.pt")
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The three sides
 
 
@@ -200,18 +213,20 @@ class Side:
     """One way to take a step; adapters, optimiser and updates are the same on all."""
 
     def start(self, case: Case, adapters: dict[str, nn.Parameter]):
-        self.case, self.adapters = case, adapters
+        self.case = case
+        self.adapters = adapters
         self.adam = torch.optim.AdamW(
             adapters.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
-        (self.P, self.K, self.T), self.device = case.tokens.shape, case.tokens.device
+        self.P, self.K, self.T = case.tokens.shape
+        self.device = case.tokens.device
 
     def loss(self, logp, old, ref, at):
         """Of log-probabilities (..., T) of the responses that at selects."""
-        given = (
-            x[at].reshape(-1, self.T) for x in (old, ref, self.case.advantages, self.case.mask)
-        )
-        return leaf.policy_loss(logp.reshape(-1, self.T), *given, clip=0.2, kl_coef=0.02)[0]
+        given = (old, ref, self.case.advantages, self.case.mask)
+        flat = (x[at].reshape(-1, self.T) for x in given)
+        loss, _ = leaf.policy_loss(logp.reshape(-1, self.T), *flat, clip=0.2, kl_coef=0.02)
+        return loss
 
     def backward(self, old, ref, prompts):
         """The gradient of one update."""
@@ -256,33 +271,33 @@ class Ours(Side):
 
     @torch.no_grad()
     def hear(self):
-        self.prompts = self.model.embed_prompts(
-            self.case.prompts, self.model.project(self.model.encode(self.case.mels))
-        )
+        sounds = self.model.project(self.model.encode(self.case.mels))
+        self.prompts = self.model.embed_prompts(self.case.prompts, sounds)
 
     def sample(self, greedy=False):
         noise = torch.rand(self.case.tokens.shape, device=self.device)
         return self.model.sample(self.prompts, noise, -1, 0.0 if greedy else 1.0, 0.9).tokens
 
     def logp(self, prompts):
-        return self.model.response_logp(
-            self.prompts[prompts], self.case.tokens[prompts], self.case.lengths[prompts]
-        )
+        trees = [self.trees[p] for p in prompts.tolist()]
+        return self.model.response_logp(self.prompts[prompts], trees)
 
     def policy(self):
         return self.case.logp  # the sampler's
 
     @torch.no_grad()
     def reference(self):
+        groups = zip(self.case.tokens.cpu(), self.case.lengths.cpu())
+        self.trees = [PrefixTree(tokens, lengths) for tokens, lengths in groups]
         with lora_disabled(self.model):
             return torch.cat([self.logp(prompts) for prompts in self.updates()])
 
 
 def load_transformers(folder: Path, device: str, dtype):
     """The base model in transformers' class, in eval mode."""
-    if (
-        device == "cpu"
-    ):  # its kernels take masks and groups of queries at once, which transformers does not count on
+    # The CPU's kernels take masks and groups of queries at once, which transformers does not count
+    # on.
+    if device == "cpu":
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
     config = json.loads((folder / "config.json").read_text())
     config["projector_config"] |= {"model_type": "blip_2_qformer", "vocab_size": 1}
@@ -307,9 +322,7 @@ class Peer(Side):
         self.model = peft.PeftModel.from_pretrained(
             self.base, folder / "adapter", is_trainable=True
         ).eval()
-        named = {
-            released_name(name): p for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        named = {our_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         self.start(
             Case.load(folder, device),
             {k.replace(".default.weight", ""): p for k, p in named.items()},
@@ -415,7 +428,8 @@ class Tuned(Peer):
         )
 
     def prefill(self, prompts):
-        """Last logits and cache of prompts, each repeated K times; attention mask and positions up to T tokens on."""
+        """Last logits and cache of prompts, each repeated K times; attention mask and positions up
+        to T tokens on."""
         valid, cache = self.valid[prompts], transformers.DynamicCache(config=self.base.config)
         seen = positions = None
         if not valid.all():  # without a mask, faster kernels
@@ -436,7 +450,8 @@ class Tuned(Peer):
         return logits.repeat_interleave(self.K, 0), cache, seen, positions
 
     def follow(self, tokens, cache, seen, positions, keep=0):
-        """Logits after tokens (rows, n) that follow what is in the cache; keep: a mask, if not all are wanted."""
+        """Logits after tokens (rows, n) that follow what is in the cache; keep: a mask, if not all
+        are wanted."""
         start = cache.get_seq_length()
         end = start + tokens.shape[1]
         return self.model(
@@ -462,9 +477,8 @@ class Tuned(Peer):
                 continue
             mass = q.cumsum(-1)
             total = mass.masked_fill(mass - q >= 0.9, 0).amax(-1, keepdim=True)
-            rank = torch.searchsorted(
-                mass, torch.rand_like(total) * total, right=True
-            )  # multinomial is slower
+            # multinomial is slower
+            rank = torch.searchsorted(mass, torch.rand_like(total) * total, right=True)
             tokens.append(order.gather(-1, rank))
             logq.append((q.gather(-1, rank) / total).log())  # LEAF needs surprisal
         self.model.unmerge_adapter()
@@ -492,20 +506,20 @@ class Tuned(Peer):
 SIDES = {"ours": Ours, "official": Official, "tuned": Tuned}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Agreement, time and memory
 
 
 def prove(sides: dict[str, Side], exact: bool) -> dict:
-    """How far the peers are from ours, before any update. exact: float32, where more than rounding ends the run."""
-    first, ours, proof = sides["ours"].updates()[0], {}, {}
+    """How far the peers are from ours, before any update. exact: float32, where more than rounding
+    ends the run."""
+    first = sides["ours"].updates()[0]
+    ours, proof = {}, {}
     for name, side in tqdm(sides.items(), desc="proof", leave=False):
         side.hear()
-        tokens, old, ref = (
-            side.sample(greedy=True)[:, 0],
-            side.policy().float(),
-            side.reference().float(),
-        )
+        tokens = side.sample(greedy=True)[:, 0]
+        old = side.policy().float()
+        ref = side.reference().float()
         side.backward(side.case.logp, ours.get("ref", ref), first)
         gradient = torch.cat([side.adapters[key].grad.flatten() for key in sides["ours"].adapters])
         side.adam.zero_grad(set_to_none=True)
@@ -513,20 +527,18 @@ def prove(sides: dict[str, Side], exact: bool) -> dict:
             ours = {"tokens": tokens, "old": old, "ref": ref, "gradient": gradient}
             continue
         mask = side.case.mask
+        gap = (gradient - ours["gradient"]).norm() / ours["gradient"].norm()
         found = proof[name] = {
             "greedy tokens that differ": (tokens != ours["tokens"]).float().mean().item(),
             "log-probs": (old - ours["old"])[mask].abs().max().item(),
             "reference log-probs": (ref - ours["ref"])[mask].abs().max().item(),
-            "gradient, relative": (
-                (gradient - ours["gradient"]).norm() / ours["gradient"].norm()
-            ).item(),
+            "gradient, relative": gap.item(),
         }
         print(f"{name} against ours: " + ", ".join(f"{what} {x:.1e}" for what, x in found.items()))
         for what, x in found.items():
             if exact and not x < 1e-4:
-                raise SystemExit(
-                    f"{name} does not compute what ours does: {what} differ by {x:.1e}"
-                )
+                differs = f"{what} differ by {x:.1e}"
+                raise SystemExit(f"{name} does not compute what ours does: {differs}")
     return proof
 
 
@@ -543,54 +555,47 @@ def clocked(run, device: str, times: int = 5) -> float:
 
 
 def without_folding(ours: Ours, repeats: int) -> dict[str, float]:
-    """Our seconds where what responses share is computed for each of them, as it stands in the padded batch."""
-
-    def every_copy(tokens, real):
-        return real, torch.arange(tokens[0].numel(), device=tokens.device).expand(len(tokens), -1)
-
-    with mock.patch.object(leaf, "first_copies", every_copy):
-        took = [ours.step() for _ in range(repeats + 1)][1:]
+    """Our seconds where no two responses to a prompt share a prefix: they are as long, but each
+    begins with another token."""
+    tokens = ours.case.tokens.clone()
+    tokens[..., 0] = torch.arange(ours.K, device=tokens.device)
+    ours.case = replace(ours.case, tokens=tokens)
+    took = [ours.step() for _ in range(repeats + 1)][1:]
     return {part: median(t[part] for t in took) for part in ("reference", "update")}
 
 
 def rates(ours: Ours, seconds: dict[str, float], dtype) -> dict:
-    """How near our update is to the rate of a matrix product here, and our sampler to that of copying memory."""
-    device, text = ours.device.type, ours.model.language_model
+    """How near our update is to the rate of a matrix product here, and our sampler to that of
+    copying memory."""
+    device = ours.device.type
+    text = ours.model.language_model
     n = 8192 if device == "cuda" else 1024
-    a, big = (
-        torch.randn(n, n, device=device, dtype=dtype),
-        torch.ones(2**28, dtype=torch.uint8, device=device),
-    )
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    big = torch.ones(2**28, dtype=torch.uint8, device=device)
     copy = torch.empty_like(big)
-    flop_rate, bandwidth = (
-        2 * n**3 / clocked(lambda: a @ a, device),
-        2**29 / clocked(lambda: copy.copy_(big), device),
-    )
+    flop_rate = 2 * n**3 / clocked(lambda: a @ a, device)
+    bandwidth = 2**29 / clocked(lambda: copy.copy_(big), device)
     # In plain operations, for the counter knows no formula for the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for prompts in ours.updates():
             ours.backward(ours.case.logp, ours.case.logp, prompts)
     ours.adam.zero_grad(set_to_none=True)
-    c, attention = text.model.config, text.model.layers[0].self_attn
+    c = text.model.config
     slots = ours.P * (ours.prompts.x.shape[1] + ours.K * ours.T)
-    cache = (
-        2
-        * c.num_hidden_layers
-        * c.num_key_value_heads
-        * attention.head_dim
-        * dtype.itemsize
-        * slots
-    )
+    width = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c)
+    cache = width * dtype.itemsize * slots
     read = sum(p.nbytes for p in text.parameters()) + cache / 2
     per_token = seconds["sampling"] / ours.T
     flops = counter.get_total_flops()
-    use, share = flops / seconds["update"] / flop_rate, read / bandwidth / per_token
+    use = flops / seconds["update"] / flop_rate
+    share = read / bandwidth / per_token
     print(
-        f"our update: {flops / 1e9:.1f} GFLOP at {100 * use:.0f}% of the {flop_rate / 1e9:.0f} GFLOP/s of a product"
+        f"our update: {flops / 1e9:.1f} GFLOP at {100 * use:.0f}% of the "
+        f"{flop_rate / 1e9:.0f} GFLOP/s of a product"
     )
     print(
-        f"our sampler: {read / 1e6:.1f} MB a token in {1e3 * per_token:.2f} ms, {100 * share:.0f}% of the "
-        f"{bandwidth / 1e9:.1f} GB/s of a copy"
+        f"our sampler: {read / 1e6:.1f} MB a token in {1e3 * per_token:.2f} ms, "
+        f"{100 * share:.0f}% of the {bandwidth / 1e9:.1f} GB/s of a copy"
     )
     update = {"flops": flops, "matmul_flops_per_second": flop_rate, "utilisation": use}
     decode = {
@@ -609,7 +614,8 @@ def resident(field: str) -> int:
 
 
 def alone(name: str, folder: Path, device: str, dtype, steps: int):
-    """What a side needs in a process of its own: prints memory of the first step, seconds of further ones."""
+    """What a side needs in a process of its own: prints memory of the first step, seconds of
+    further ones."""
     side = SIDES[name](folder, device, dtype)
     models = [m for m in vars(side).values() if isinstance(m, nn.Module)]
     tensors = {id(x): x for m in models for x in [*m.parameters(), *m.buffers()]}.values()
@@ -636,22 +642,21 @@ def alone(name: str, folder: Path, device: str, dtype, steps: int):
 def in_a_process(name: str, folder, args, steps: int = 0) -> dict:
     command = [sys.executable, "-m", "experiments.bench", "--alone", name, str(folder), str(steps)]
     command += ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
-    return json.loads(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
-    )
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return json.loads(told.splitlines()[-1])
 
 
 def bench(shape: str, args) -> dict:
     """Everything about one shape, printed and returned."""
-    work, dtype = WORKLOADS[shape], getattr(torch, args.dtype)
+    work = WORKLOADS[shape]
+    dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         parameters = prepare(shape, work, folder, args.base, args.device, dtype)
         sides = {name: kind(folder, args.device, dtype) for name, kind in SIDES.items()}
         tokens = int(sides["ours"].case.lengths.sum())
-        print(
-            f"\n{shape}: {parameters:,} parameters, {tokens} tokens scored, {args.dtype} on {args.device}"
-        )
+        sizes = f"{parameters:,} parameters, {tokens} tokens scored"
+        print(f"\n{shape}: {sizes}, {args.dtype} on {args.device}")
         proof = prove(sides, dtype == torch.float32)
         repeats = {name: [] for name in sides}
         for repeat in tqdm(range(args.repeats + 1), desc="steps", leave=False):
@@ -662,28 +667,25 @@ def bench(shape: str, args) -> dict:
         for steps in repeats.values():
             for took in steps:
                 took["step, old log-probs kept"] = took["step"] - took["old log-probs"]
-        seconds = {
-            name: {part: median(t[part] for t in steps) for part in steps[0]}
-            for name, steps in repeats.items()
-        }
+        seconds = {}
+        for name, steps in repeats.items():
+            seconds[name] = {part: median(t[part] for t in steps) for part in steps[0]}
         found = rates(sides["ours"], seconds["ours"], dtype)
         unfolded = found["without folding"] = without_folding(sides["ours"], args.repeats)
-        print(
-            "our time without folding prefixes, to that with: "
-            + ", ".join(f"{part} {x / seconds['ours'][part]:.2f}" for part, x in unfolded.items())
-        )
+        times = {part: x / seconds["ours"][part] for part, x in unfolded.items()}
+        told = ", ".join(f"{part} {x:.2f}" for part, x in times.items())
+        print(f"our time without folding prefixes, to that with: {told}")
         del sides, side
         names = tqdm(SIDES, desc="memory", leave=False)
         memory = {name: in_a_process(name, folder, args) for name in names}
-    figures = {
-        name: seconds[name] | {k: memory[name][k] for k in ("weights_gb", "memory_gb")}
-        for name in SIDES
-    }
+    figures = {}
+    for name in SIDES:
+        sizes = {key: memory[name][key] for key in ("weights_gb", "memory_gb")}
+        figures[name] = seconds[name] | sizes
     ratios = {}
     for peer in ("official", "tuned"):
-        shared = {
-            k: x for k, x in figures["ours"].items() if k != "old log-probs"
-        }  # ours has them already
+        # Ours has old log-probabilities already.
+        shared = {k: x for k, x in figures["ours"].items() if k != "old log-probs"}
         ratios[f"{peer}/ours"] = {k: figures[peer][k] / x for k, x in shared.items()}
     show(figures, ratios, tokens)
     return {
@@ -709,11 +711,8 @@ def show(figures: dict, ratios: dict, tokens: int):
 
     heads = {"weights_gb": "weights, MB", "memory_gb": "memory of a step, MB"}
     for key in figures["ours"]:
-        row(
-            heads.get(key, f"{key}, ms"),
-            [f"{1e3 * side[key]:.1f}" for side in figures.values()],
-            key,
-        )
+        cells = [f"{1e3 * side[key]:.1f}" for side in figures.values()]
+        row(heads.get(key, f"{key}, ms"), cells, key)
     row("tokens/s", [f"{tokens / side['step']:.0f}" for side in figures.values()])
 
 
@@ -724,7 +723,7 @@ def machine() -> dict:
     return {"processor": processor(), "gpu": gpu, "python": python, **versions, "threads": threads}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scaling
 
 AXES = {
@@ -740,9 +739,8 @@ def scale(args):
     path, base = RESULTS / "scaling.json", replace(WORKLOADS["small"], prompts=2)
     result = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "points": {}}
     points = result["points"]
-    for axis, value in tqdm(
-        [(axis, value) for axis, values in AXES.items() for value in values], desc="scaling"
-    ):
+    sizes = [(axis, value) for axis, values in AXES.items() for value in values]
+    for axis, value in tqdm(sizes, desc="scaling"):
         work = replace(base, **{axis: value})
         point = points.setdefault(str(work), {})
         if len(point) < 2:
@@ -751,23 +749,17 @@ def scale(args):
                 for name in ("ours", "tuned"):
                     point[name] = in_a_process(name, folder, args, steps=5)
             path.write_text(json.dumps(result, indent=2) + "\n")
-    curves = {
-        axis: [points[str(replace(base, **{axis: value}))] for value in AXES[axis]] for axis in AXES
-    }
-    print(
-        "| | | ours, s | tuned, s | tuned/ours | ours, GB | tuned, GB | tuned/ours |\n"
-        + "|---" * 8
-        + "|"
-    )
+    curves = {}
+    for axis, values in AXES.items():
+        curves[axis] = [points[str(replace(base, **{axis: value}))] for value in values]
+    print("| | | ours, s | tuned, s | tuned/ours | ours, GB | tuned, GB | tuned/ours |")
+    print("|---" * 8 + "|")
     for axis, curve in curves.items():
         for value, point in zip(AXES[axis], curve):
-            cells = [axis, str(value)]
-            for digits, measure in (
-                (3, lambda x: median(x["seconds"])),
-                (4, lambda x: x["memory_gb"]),
-            ):
-                ours, tuned = measure(point["ours"]), measure(point["tuned"])
-                cells += [f"{ours:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned / ours:.2f}"]
+            ours, tuned = (median(point[name]["seconds"]) for name in ("ours", "tuned"))
+            cells = [axis, str(value), f"{ours:.3f}", f"{tuned:.3f}", f"{tuned / ours:.2f}"]
+            ours, tuned = (point[name]["memory_gb"] for name in ("ours", "tuned"))
+            cells += [f"{ours:.4f}", f"{tuned:.4f}", f"{tuned / ours:.2f}"]
             print("| " + " | ".join(cells) + " |")
     plot(curves)
 
@@ -775,21 +767,25 @@ def scale(args):
 def plot(curves: dict):
     import matplotlib.pyplot as plt  # nothing else needs it
 
+    size = (3 * len(AXES), 5)
     figure, rows = plt.subplots(
-        2, len(AXES), figsize=(3 * len(AXES), 5), sharex="col", sharey="row", squeeze=False
+        2, len(AXES), figsize=size, sharex="col", sharey="row", squeeze=False
     )
+    names = {"audio": "seconds of audio", "tokens": "tokens per response"}
+    sides = {
+        "ours": ("this repository", "o-"),
+        "tuned": ("transformers + PEFT, tuned", "s--"),
+    }
     for column, (axis, curve) in enumerate(curves.items()):
-        for name, style in (("ours", "o-"), ("tuned", "s--")):
-            label = {"ours": "this repository", "tuned": "transformers + PEFT, tuned"}[name]
-            rows[0, column].loglog(
-                AXES[axis], [median(p[name]["seconds"]) for p in curve], style, label=label
-            )
-            rows[1, column].loglog(AXES[axis], [p[name]["memory_gb"] for p in curve], style)
-        rows[1, column].set_xticks(AXES[axis], map(str, AXES[axis]))
+        x = AXES[axis]
+        for name, (label, style) in sides.items():
+            seconds = [median(point[name]["seconds"]) for point in curve]
+            memory = [point[name]["memory_gb"] for point in curve]
+            rows[0, column].loglog(x, seconds, style, label=label)
+            rows[1, column].loglog(x, memory, style)
+        rows[1, column].set_xticks(x, map(str, x))
         rows[1, column].minorticks_off()
-        rows[1, column].set_xlabel(
-            {"audio": "seconds of audio", "tokens": "tokens per response"}.get(axis, axis)
-        )
+        rows[1, column].set_xlabel(names.get(axis, axis))
     rows[0, 0].set_ylabel("seconds per step")
     rows[1, 0].set_ylabel("GB added by a step")
     rows[0, 0].legend(fontsize=8)
@@ -815,9 +811,8 @@ def main():
     parser.add_argument(
         "--scaling", action="store_true", help="instead: time and memory as one size grows"
     )
-    parser.add_argument(
-        "--alone", nargs=3, help=argparse.SUPPRESS
-    )  # what a process of its own is told
+    # What a process of its own is told.
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's way into transformers
@@ -835,9 +830,8 @@ def main():
     if "2b" in args.shape and args.device != "cuda":
         raise SystemExit("--shape 2b needs a GPU")
     if "default" in args.shape and not args.base:
-        raise SystemExit(
-            "--shape default needs --base, the folder of a base model that train.py made"
-        )
+        needed = "--base, the folder of a base model that train.py made"
+        raise SystemExit(f"--shape default needs {needed}")
     path = RESULTS / "bench.json"
     for shape in args.shape:
         found = bench(shape, args)

@@ -1,32 +1,38 @@
-"""GPU memory and seconds of a training step at the size of the released models, with the paper's settings.
+"""GPU memory and seconds of a training step at the size of the released models, with the paper's
+settings.
 
-    python -m experiments.footprint           a table of all shapes, in Markdown; experiments/results/footprint.json
-    python -m experiments.footprint --load    host memory of loading a checkpoint of the 2B shape (6 GB of disk)
+    python -m experiments.footprint           a table of all shapes, in Markdown;
+                                              experiments/results/footprint.json
+    python -m experiments.footprint --load    host memory of loading a checkpoint of the 2B shape
+                                              (6 GB of disk)
 
-One step is 6 prompts x 8 responses x 200 tokens, on 15 s of audio and 50 tokens of text each: sampling without an
-end-of-sequence token, reference log-probabilities with LoRA off, and 6 updates, a prompt at a time, of LoRA (r 64,
-dropout 0.05, on the decoder's seven projections) with AdamW. Weights are random and bf16.
+One step is 6 prompts x 8 responses x 200 tokens, on 15 s of audio and 50 tokens of text each:
+sampling without an end-of-sequence token, the prefix trees of what was sampled, reference
+log-probabilities with LoRA off, and 6 updates, a prompt at a time, of LoRA (r 64, dropout 0.05, on
+the decoder's seven projections) with AdamW. Weights are random and bf16.
 
 With a GPU all of it is MEASURED, with PyTorch's own counters. Without one it is COMPUTED:
 
-Memory: the same functions run on fake tensors of the true shapes, which have a size but no contents, through all
-layers, and a meter adds up what is alive at every operation of forward (float32 copies of the logits included),
-backward and optimiser. They take the CPU's path; its fused attention keeps for the backward pass what CUDA's fused
-kernels keep: queries, keys, values, output, mask, and a number per row. Where the CPU's differ or ask for contents,
-replacements stand in. No token is padding, and no two responses share a prefix: the largest case. A fake rollout stops
-after its second token, by when cache, prefill and logits were there, all that is large in it. Not counted: memory
-inside kernels, what the allocator holds for a CUDA graph, fragmentation and CUDA's context, for which the column "with
-allowance" adds a tenth and 0.5 GB.
+Memory: the same functions run on fake tensors of the true shapes, which have a size but no
+contents, through all layers, and a meter adds up what is alive at every operation of forward
+(float32 copies of the logits included), backward and optimiser. They take the CPU's path; its fused
+attention keeps for the backward pass what CUDA's fused kernels keep: queries, keys, values, output,
+mask, and a number per row. Where the CPU's differ or ask for contents, replacements stand in. No
+token is padding, and no two responses share a prefix: the largest case. A fake rollout stops after
+its second token, by when cache, prefill and logits were there, all that is large in it. Not
+counted: memory inside kernels, what the allocator holds for a CUDA graph, fragmentation and CUDA's
+context, for which the column "with allowance" adds a tenth and 0.5 GB.
 
-Time: references and updates are their floating-point operations, also counted by the meter, at 40% of the GPU's
-published dense bf16 rate, and not faster than Python launches the kernels, which is measured: the same functions, for
-real, on this machine's CPU, with 40 layers too narrow for the arithmetic to matter; rather more than launches take from
-a fast processor. So long, too, take a rollout's first two tokens and the capture of a CUDA graph; then the graph is
-replayed. A replayed token reads the decoder's weights, LoRA in bf16 and the whole cache at the published bandwidth, and
-is not faster than its kernels start: one for each operator that makes or writes a tensor, counted by the meter, at 2.5
-microseconds, which is an ASSUMPTION and was measured nowhere. Not counted: rewards, credit, hearing (once per
-recording, not per step), what a draw reads and writes, and what an update's kernels do, which tells where bandwidth is
-low.
+Time: references and updates are their floating-point operations, also counted by the meter, at 40%
+of the GPU's published dense bf16 rate, and not faster than Python builds the trees and launches the
+kernels, which is measured: the same functions, for real, on this machine's CPU, with 40 layers too
+narrow for the arithmetic to matter; rather more than launches take from a fast processor. So long,
+too, take a rollout's first two tokens and the capture of a CUDA graph; then the graph is replayed.
+A replayed token reads the decoder's weights, LoRA in bf16 and the whole cache at the published
+bandwidth, and is not faster than its kernels start: one for each operator that makes or writes a
+tensor, counted by the meter, at 2.5 microseconds, which is an ASSUMPTION and was measured nowhere.
+Not counted: rewards, credit, hearing (once per recording, not per step), what a draw reads and
+writes, and what an update's kernels do, which tells where bandwidth is low.
 """
 
 import argparse
@@ -55,10 +61,19 @@ from tqdm import tqdm
 import leaf
 from experiments.keep import RESULTS, processor
 from lora import apply_lora, lora_disabled, lora_layers, lora_parameters
-from model import EncoderConfig, MaskedBatchNorm, SpeechConfig, SpeechLM, TextConfig
+from model import (
+    EncoderConfig,
+    MaskedBatchNorm,
+    PrefixTree,
+    SpeechConfig,
+    SpeechLM,
+    TextConfig,
+    head_dim,
+)
 
-# As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder, projector) and
-# granite-3.1-8b-instruct say (decoder). Parameters come to 2.31, 3.01 (as published) and 8.65 billion.
+# As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder,
+# projector) and granite-3.1-8b-instruct say (decoder). Parameters come to 2.31, 3.01 (as published)
+# and 8.65 billion.
 ENCODER = EncoderConfig(num_layers=16, output_dim=256)
 SHAPES = {
     "granite-4.0-1b-speech": SpeechConfig(
@@ -75,25 +90,31 @@ SHAPES = {
     ),
 }
 NARROW = replace(SpeechConfig.compact(64, 42, 63), text_config=TextConfig(64, 32, 32, 40, 2, 1))
-# GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, its Ada white paper for the RTX 4090.
+# GB, GB/s, dense bf16 FLOP/s with float32 sums: NVIDIA's data sheets, its Ada white paper for the
+# RTX 4090.
 GPUS = {
     "RTX 4090": (24, 1008, 165.2e12),
     "L40S": (48, 864, 362.05e12),
     "H100 SXM": (80, 3350, 989.4e12),
 }
-LAUNCH = (
-    2.5e-6  # seconds from one kernel of a CUDA graph to the next, where they are short: assumed
-)
-PROMPTS, RESPONSES, TOKENS, AUDIO, TEXT = 6, 8, 200, 15, 50
+# Seconds from one kernel of a CUDA graph to the next, where they are short: assumed.
+LAUNCH = 2.5e-6
+PROMPTS = 6
+RESPONSES = 8
+TOKENS = 200
+AUDIO = 15  # seconds
+TEXT = 50  # tokens
 PARTS = ("hearing", "sampling", "reference", "update")
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of tensors alive and their peak, floating-point operations, and operators that make or write a tensor."""
+    """Bytes of tensors alive and their peak, floating-point operations, and operators that make or
+    write a tensor."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.flops, self.kernels, self.seen = 0, 0, 0, 0, weakref.WeakSet()
+        self.live = self.peak = self.flops = self.kernels = 0
+        self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -106,10 +127,10 @@ class Meter(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.live)
-        # The CPU's attention kernels are not in PyTorch's list of formulas; CUDA's of the same arguments are.
-        packet = getattr(
-            torch.ops.aten, func._overloadpacket.__name__.replace("_for_cpu", ""), None
-        )
+        # The CPU's attention kernels are not in PyTorch's list of formulas; CUDA's of the same
+        # arguments are.
+        name = func._overloadpacket.__name__.replace("_for_cpu", "")
+        packet = getattr(torch.ops.aten, name, None)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
@@ -118,7 +139,7 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One step in parts, as train.train_policy takes it
 
 
@@ -128,37 +149,41 @@ def build(config: SpeechConfig, device: str):
         model = SpeechLM(config).eval()
     torch.set_default_dtype(torch.float32)
     apply_lora(model, r=64, alpha=128, dropout=0.05)
-    return model, torch.optim.AdamW(
-        lora_parameters(model).values(), lr=5e-6, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    parameters = lora_parameters(model).values()
+    return model, torch.optim.AdamW(parameters, lr=5e-6, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 @torch.no_grad()
 def embed(model, audio):
     text = [1] * (TEXT // 2)
-    return model.embed_prompts([[*text, model.config.audio_token_index, *text]] * PROMPTS, audio)
+    ids = [*text, model.config.audio_token_index, *text]
+    return model.embed_prompts([ids] * PROMPTS, audio)
 
 
 def sample(model, prompts, T: int):
-    return model.sample(
-        prompts, torch.rand(PROMPTS, RESPONSES, T, device=model.device), -1, 1.0, 0.9
-    ).tokens
+    noise = torch.rand(PROMPTS, RESPONSES, T, device=model.device)
+    return model.sample(prompts, noise, -1, 1.0, 0.9).tokens
+
+
+def grow(tokens) -> PrefixTree:
+    """The tree of one prompt's responses (K, T) on the host, none of which ended."""
+    K, T = tokens.shape
+    return PrefixTree(tokens, [T] * K)
 
 
 @torch.no_grad()
-def reference(model, prompts, tokens):
+def reference(model, prompt, tree):
     with lora_disabled(model):
-        return model.response_logp(
-            prompts, tokens, torch.full_like(tokens[..., 0], tokens.shape[2])
-        )[0]
+        return model.response_logp(prompt, [tree])[0]
 
 
-def update(model, adam, prompts, tokens, ref_logp):
+def update(model, adam, prompt, tree, ref_logp):
     for layer in lora_layers(model).values():
         layer.train()
-    logp = model.response_logp(prompts, tokens, torch.full_like(tokens[..., 0], tokens.shape[2]))[0]
+    logp = model.response_logp(prompt, [tree])[0]
     mask = torch.ones_like(logp, dtype=torch.bool)
-    leaf.policy_loss(logp, ref_logp, ref_logp, torch.ones_like(logp), mask)[0].backward()
+    loss, _ = leaf.policy_loss(logp, ref_logp, ref_logp, torch.ones_like(logp), mask)
+    loss.backward()
     nn.utils.clip_grad_norm_(lora_parameters(model).values(), 1.0)
     adam.step()
     adam.zero_grad(set_to_none=True)
@@ -166,10 +191,12 @@ def update(model, adam, prompts, tokens, ref_logp):
 
 
 def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
-    """Seconds of each part in the fastest of three real steps and, on a GPU, the most memory it took."""
+    """Seconds of each part in the fastest of three real steps and, on a GPU, the most memory it
+    took."""
     model, adam = build(config, device)
     mels = [torch.randn(50 * seconds, 160, device=device)] * PROMPTS
-    gpu, took, peak = device == "cuda", {}, {}
+    gpu = device == "cuda"
+    took, peak = {}, {}
 
     @contextlib.contextmanager
     def part(name):
@@ -190,10 +217,11 @@ def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
         with part("sampling"):
             tokens = sample(model, prompts, T)
         with part("reference"):
-            ref_logp = [reference(model, prompts[[i]], tokens[[i]]) for i in range(PROMPTS)]
+            trees = [grow(group) for group in tokens.cpu()]
+            ref_logp = [reference(model, prompts[[i]], trees[i]) for i in range(PROMPTS)]
         with part("update"):
             for i in range(PROMPTS):
-                update(model, adam, prompts[[i]], tokens[[i]], ref_logp[i])
+                update(model, adam, prompts[[i]], trees[i], ref_logp[i])
     parameters = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return {
         "parameters": parameters,
@@ -202,7 +230,7 @@ def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The same without a GPU
 
 
@@ -217,7 +245,8 @@ def batch_norm(self, x, mask):
 
 
 class RMSNorm(torch.autograd.Function):
-    """As on CUDA: one kernel, which keeps its input and a number per row; the CPU's many keep copies in float32."""
+    """As on CUDA: one kernel, which keeps its input and a number per row; the CPU's many keep
+    copies in float32."""
 
     @staticmethod
     def forward(ctx, x, shape, weight, eps):
@@ -229,20 +258,19 @@ class RMSNorm(torch.autograd.Function):
         return gradient.clone(), None, None, None
 
 
-def nonzero(x):
-    """As where nothing is zero: no padding, and no prefix that responses share."""
-    return torch.arange(x.numel())[:, None]
-
-
-def ascending(q):
+def sort_ascending(q):
     """As on CUDA."""
     return q.sort(-1).values
 
 
 def compute(config: SpeechConfig, host: dict) -> dict:
-    """Memory of each part, and its seconds on every GPU that has so much; host: seconds that Python takes, for sampling
-    a token's, for others the least of the part."""
-    asked = []  # operators so far, whenever sample() asked whether all responses have ended: not after the first token
+    """Memory of each part, and its seconds on every GPU that has so much; host: seconds that Python
+    takes, for sampling a token's, for others the least of the part."""
+    # Of plain numbers, which fake tensors do not have. All tokens are different.
+    tree = grow(torch.arange(RESPONSES * TOKENS).view(RESPONSES, TOKENS))
+    # Operators so far, whenever sample() asks whether all responses have ended: they have after the
+    # second token.
+    asked = []
 
     def have_ended(done):
         asked.append(meter.kernels)
@@ -253,58 +281,52 @@ def compute(config: SpeechConfig, host: dict) -> dict:
             mock.patch.object(F, "dropout", dropout),
             mock.patch.object(F, "rms_norm", RMSNorm.apply),
             mock.patch.object(MaskedBatchNorm, "forward", batch_norm),
-            mock.patch.object(torch.Tensor, "nonzero", nonzero),
             mock.patch.object(torch.Tensor, "all", have_ended),
-            mock.patch.object(leaf, "ascending", ascending),
-            FakeTensorMode(),
+            mock.patch("model.sort_ascending", sort_ascending),
+            FakeTensorMode(allow_non_fake_inputs=True),  # what a tree's mask is made of
         ):
             stack.enter_context(patch)
         meter = stack.enter_context(Meter())
         model, adam = build(config, "cpu")
         c, text = config.text_config, model.language_model
         lora = sum(p.numel() for p in lora_parameters(model).values())
-        parameters, decoder = (
-            sum(p.numel() for p in part.parameters()) - lora for part in (model, text)
-        )
-        mel, frames = (
-            torch.empty(PROMPTS, 50 * AUDIO, 160, dtype=model.dtype),
-            torch.full((PROMPTS,), 50 * AUDIO),
-        )
-        heard = torch.empty(
-            PROMPTS, model.projector.count(50 * AUDIO), c.hidden_size, dtype=model.dtype
-        )
+        parameters = sum(p.numel() for p in model.parameters()) - lora
+        decoder = sum(p.numel() for p in text.parameters()) - lora
+        mel = torch.empty(PROMPTS, 50 * AUDIO, 160, dtype=model.dtype)
+        frames = torch.full((PROMPTS,), 50 * AUDIO)
+        count = model.projector.count(50 * AUDIO)
+        heard = torch.empty(PROMPTS, count, c.hidden_size, dtype=model.dtype)
         prompts = embed(model, list(heard))
-        tokens = torch.zeros(PROMPTS, RESPONSES, TOKENS, dtype=torch.int64)
-        one, ref_logp = (prompts[[0]], tokens[[0]]), torch.zeros(RESPONSES, TOKENS)
+        ref_logp = torch.zeros(RESPONSES, TOKENS)
+
+        @torch.no_grad()
+        def hear():
+            model.projector(model.encoder(mel, frames)[0], frames)
+
         peak, flops = {}, {}
         for name, run in (
-            (
-                "hearing",
-                torch.no_grad()(lambda: model.projector(model.encoder(mel, frames)[0], frames)),
-            ),
+            ("hearing", hear),
             ("sampling", lambda: sample(model, prompts, TOKENS)),
-            ("reference", lambda: reference(model, *one)),
-            ("update", lambda: update(model, adam, *one, ref_logp)),
-            (
-                "update",
-                lambda: update(model, adam, *one, ref_logp),
-            ),  # again, now that AdamW's moments are there
+            ("reference", lambda: reference(model, prompts[[0]], tree)),
+            ("update", lambda: update(model, adam, prompts[[0]], tree, ref_logp)),
+            # Again, now that AdamW's moments are there.
+            ("update", lambda: update(model, adam, prompts[[0]], tree, ref_logp)),
         ):
-            meter.peak, meter.flops = meter.live, 0
+            meter.peak = meter.live
+            meter.flops = 0
             run()
-            peak[name], flops[name] = meter.peak / 1e9, meter.flops * PROMPTS
-    width = c.num_key_value_heads * text.model.layers[0].self_attn.head_dim
-    cache = (
-        2 * 2 * c.num_hidden_layers * width * PROMPTS * RESPONSES * (prompts.x.shape[1] + TOKENS)
-    )
-    kernels, seconds = asked[1] - asked[0], {}
+            peak[name] = meter.peak / 1e9
+            flops[name] = meter.flops * PROMPTS
+    width = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c)
+    cache = 2 * width * PROMPTS * RESPONSES * (prompts.x.shape[1] + TOKENS)  # bytes
+    kernels = asked[1] - asked[0]
+    seconds = {}
     for gpu, (memory, bandwidth, rate) in GPUS.items():
         if 1.1 * max(peak.values()) + 0.5 <= memory:
             least = {name: flops[name] / (0.4 * rate) for name in ("reference", "update")}
             token = max(LAUNCH * kernels, (2 * decoder + 2 * lora + cache) / 1e9 / bandwidth)
-            seconds[gpu] = {
-                "sampling": 3 * host["sampling"] + (TOKENS - 2) * token
-            }  # two tokens and the capture
+            # Two tokens and the capture, then replays.
+            seconds[gpu] = {"sampling": 3 * host["sampling"] + (TOKENS - 2) * token}
             seconds[gpu] |= {name: max(host[name], least[name]) for name in PARTS[2:]}
     sizes = {
         "parameters": parameters,
@@ -320,42 +342,31 @@ def compute(config: SpeechConfig, host: dict) -> dict:
 def show(step: dict):
     gpus = list(dict.fromkeys(gpu for shape in step["shapes"].values() for gpu in shape["seconds"]))
     heads = ["model", "parameters", *(f"{part}, GB" for part in PARTS), "with allowance, GB", *gpus]
-    print(
-        f"\n{step['how']}; a step's seconds are sampling + reference + update\n\n| "
-        + " | ".join(heads)
-        + " |"
-    )
+    print(f"\n{step['how']}; a step's seconds are sampling + reference + update\n")
+    print("| " + " | ".join(heads) + " |")
     print("|---" * len(heads) + "|")
     for name, shape in step["shapes"].items():
         peak = [shape["peak_gb"][part] for part in PARTS]
-        cells = [
-            name,
-            f"{shape['parameters'] / 1e9:.2f}e9",
-            *(f"{gb:.1f}" for gb in [*peak, 1.1 * max(peak) + 0.5]),
-        ]
+        cells = [name, f"{shape['parameters'] / 1e9:.2f}e9"]
+        cells += [f"{gb:.1f}" for gb in [*peak, 1.1 * max(peak) + 0.5]]
         for gpu in gpus:
-            took = (
-                [shape["seconds"][gpu][part] for part in PARTS[1:]]
-                if gpu in shape["seconds"]
-                else []
-            )
-            cells.append(
-                f"{sum(took):.1f} s = " + " + ".join(f"{t:.1f}" for t in took)
-                if took
-                else "too small"
-            )
+            if gpu not in shape["seconds"]:
+                cells.append("too small")
+                continue
+            took = [shape["seconds"][gpu][part] for part in PARTS[1:]]
+            cells.append(f"{sum(took):.1f} s = " + " + ".join(f"{t:.1f}" for t in took))
         print("| " + " | ".join(cells) + " |")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 
 LOADER = """
 import resource, sys, torch
-from model import SpeechLM
+from released import load_model
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-model = SpeechLM.from_pretrained(sys.argv[1], "cpu", torch.bfloat16)
+model = load_model(sys.argv[1], "cpu", torch.bfloat16)
 for tensor in model.state_dict().values():
     tensor.max()  # files are mapped into memory: touch every page
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
@@ -363,29 +374,32 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 def load(config: SpeechConfig) -> dict:
-    """Write a random checkpoint in parts of 2 GB, load it in another process; what that took of host memory."""
+    """Write a random checkpoint in parts of 2 GB, load it in another process; what that took of
+    host memory."""
     with torch.device("meta"):
         state = SpeechLM(config).state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        files, part, size, total = {}, {}, 0, 0
+        files, part = {}, {}
+        size = total = 0
         for name, like in tqdm(state.items(), desc="writing a checkpoint"):
             part[name] = torch.zeros_like(like, device="cpu")
             if like.is_floating_point():
                 part[name] = torch.randn(like.shape, dtype=torch.bfloat16)
-            size, total = size + part[name].nbytes, total + part[name].nbytes
+            size += part[name].nbytes
+            total += part[name].nbytes
             if size > 2e9 or len(files) + len(part) == len(state):
                 file = f"model-{len(files):05}.safetensors"
                 save_file(part, Path(folder, file))
-                files, part, size = files | dict.fromkeys(part, file), {}, 0
+                files |= dict.fromkeys(part, file)
+                part = {}
+                size = 0
         Path(folder, "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         Path(folder, "config.json").write_text(json.dumps(asdict(config)))
-        memory = int(
-            subprocess.run(
-                [sys.executable, "-c", LOADER, folder], check=True, stdout=subprocess.PIPE
-            ).stdout
-        )
+        command = [sys.executable, "-c", LOADER, folder]
+        memory = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print(
-        f"{total / 1e9:.2f} GB of weights took {memory / 1e9:.2f} GB of memory, {memory / total:.3f} times as much"
+        f"{total / 1e9:.2f} GB of weights took {memory / 1e9:.2f} GB of memory, "
+        f"{memory / total:.3f} times as much"
     )
     return {"weights_gb": total / 1e9, "memory_gb": memory / 1e9, "ratio": memory / total}
 
@@ -420,9 +434,10 @@ def main():
             host["sampling"] /= 20  # of a token
         for name, config in tqdm(SHAPES.items()):
             with contextlib.suppress(torch.OutOfMemoryError):  # then it is not in the table
-                step["shapes"][name] = (
-                    measure(config, "cuda", AUDIO, TOKENS) if gpu else compute(config, host)
-                )
+                if gpu:
+                    step["shapes"][name] = measure(config, "cuda", AUDIO, TOKENS)
+                else:
+                    step["shapes"][name] = compute(config, host)
         show(step)
     path.write_text(json.dumps(result, indent=2) + "\n")
 

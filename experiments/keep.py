@@ -1,10 +1,13 @@
 """Keep what finished runs report as reference results, and print them as the README's table.
 
-    python -m experiments.keep runs/qa-leaf-seed0 runs/qa-leaf-seed1 ...      copy into experiments/results/
-    python -m experiments.keep                                                print the table of what is kept
+    python -m experiments.keep runs/qa-leaf-seed0 runs/qa-leaf-seed1 ...    copy into
+                                                                            experiments/results/
+    python -m experiments.keep                                              print the table of what
+                                                                            is kept
 
-For each run: RUN.json (settings, results on the test split, seconds, memory, machine) and, with --metrics, RUN.jsonl
-(metrics of every step of policy optimisation). The table has a row per task and algorithm, the mean over its runs.
+For each run: RUN.json (settings, results on the test split, seconds, memory, machine) and, with
+--metrics, RUN.jsonl (metrics of every step of policy optimisation). The table has a row per task
+and algorithm, the mean over its runs.
 """
 
 import argparse
@@ -64,13 +67,10 @@ def show():
     for (task, algo, base), runs in sorted(groups.items()):
         cells = []
         for column in (c for c in COLUMNS if c in runs[0]["base"]):
-            before, after = (
-                mean(run[when][column] for run in runs) for when in ("base", "trained")
-            )
-            spread = (
-                f" ± {stdev(run['trained'][column] for run in runs):.1f}" if len(runs) > 1 else ""
-            )
-            cells.append(f"{before:.1f} → {after:.1f}{spread}")
+            before = mean(run["base"][column] for run in runs)
+            trained = [run["trained"][column] for run in runs]
+            spread = f" ± {stdev(trained):.1f}" if len(runs) > 1 else ""
+            cells.append(f"{before:.1f} → {mean(trained):.1f}{spread}")
         print(f"| {task}, {algo}, base {base} | {len(runs)} | " + " | ".join(cells) + " |")
 
 

@@ -1,6 +1,7 @@
-"""IBM's released Granite Speech checkpoints, in and out: see README.md in this folder.
+"""IBM's released Granite Speech checkpoints: see README.md in this folder.
 
-    model, tokenizer = released.load(folder)
+    tokenizer = released.ChatTokenizer(folder)
+    model = released.load_model(folder)
 
 Only `train.py --init` and what uses its runs import this package, and with it tokenizers and
 jinja2; the default run needs neither.

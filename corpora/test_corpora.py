@@ -1,0 +1,518 @@
+"""The scripts of corpora/, on made-up files in the publishers' layouts, and synthetic speech."""
+
+import gzip
+import itertools
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
+from data import AUDIO
+from test_leaf import read_json_lines, same, seeded, write_tone
+
+__all__ = ["seeded"]  # a fixture that every test here uses
+
+
+# --------------------------------------------------------------------------------------------------
+# asterisk
+
+
+def make_packages(root):
+    """A made-up tree in the packages' layout: each recording a short sine burst of its own
+    pitch, 30 sentences each."""
+    rng = np.random.default_rng(0)
+
+    def burst(path, seconds):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        time = np.arange(int(8000 * seconds)) / 8000
+        tone = 0.3 * np.sin(2 * np.pi * rng.uniform(200, 3000) * time).astype(np.float32)
+        soundfile.write(path, np.pad(tone, 400), 8000, subtype="PCM_16")
+
+    for language, voice in asterisk.VOICES.items():
+        for name in asterisk.LEXICON[language]:
+            burst(root / "sounds" / voice / f"{name}.wav", rng.uniform(0.1, 0.3))
+        if language not in asterisk.TRANSCRIBED:
+            continue
+        lines = [
+            "; a comment",
+            "digits/1: one",
+            "beep: [a tone]",
+            "vm-none:",
+            "unrecorded: Nobody said this.",
+        ]
+        for i in range(30):
+            burst(root / "sounds" / voice / f"vm-{i}.wav", 0.6)
+            first, last = divmod(i, 6)
+            lines.append(f"vm-{i}: Sentence{'abcdef'[first]} number{'uvwxyz'[last]}, café 7...")
+        path = root / "doc" / asterisk.TRANSCRIPT.format(language)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+def build_asterisk(root, name, *extra):
+    sizes = "--train 64 --validation 24 --test 24".split()
+    folders = ["--sounds", str(root / "sounds"), "--transcripts", str(root / "doc")]
+    asterisk.main(["--out", str(root / name), *folders, *sizes, *extra])
+    return {split: read_json_lines(root / name / f"{split}.jsonl") for split in asterisk.SPLITS}
+
+
+def words(text):
+    return re.sub(r"[^\w\s']", " ", text.lower()).split()
+
+
+def test_asterisk_corpus(tmp_path, capsys):
+    pytest.importorskip("torchaudio")
+    make_packages(tmp_path)
+    rows = build_asterisk(tmp_path, "made")
+    sizes = {split: len(part) for split, part in rows.items()}
+    assert sizes == {"train": 64, "validation": 24, "test": 24}
+    assert {row["group"] for row in rows["train"]} == set(asterisk.MIX)
+    differ = 0
+    for row in (row for part in rows.values() for row in part):
+        assert row["prompt"].startswith("<|audio|>") and row["prompt"].count("<|audio|>") == 1
+        assert re.fullmatch(r"[a-z' ]+", row["transcript"])
+        info = soundfile.info(tmp_path / "made" / row["audio"])
+        assert info.samplerate == 16000 and info.channels == 1 and 0.3 < info.duration < 7
+        if row["group"].startswith("prompts-"):
+            assert "slots" not in row and row["reference"] == row["target"]
+            sentence = r"Sentence[a-f] number[u-z], café (seven|sept|siete)"
+            assert re.fullmatch(sentence, row["reference"])
+            continue
+        differ += row["reference"] != row["target"]
+        for text in (row["reference"], row["target"]):
+            assert 7 <= len(words(text)) <= 16
+            # There, and not in the carrier.
+            assert all(words(text).count(slot) == 1 for slot in row["slots"]), row
+        assert not set(row["slots"]) & set(words(row["prompt"]))
+    assert differ > 60  # taste is at random in targets, a function of the content in references
+
+    # Splits are disjoint: contents across languages and questions (told by slots), sentences by
+    # their words.
+    def contents(split):
+        found = set()
+        for row in rows[split]:
+            if "slots" not in row:
+                found.add((row["group"], row["transcript"]))
+            elif row["group"] == "en-sequence-question":  # whose slots may be a part
+                found.add(row["transcript"])
+            else:
+                language = row["group"].split("-")[1]
+                found.add((language, tuple(row["slots"])))
+        return found
+
+    train, validation, test = map(contents, asterisk.SPLITS)
+    assert not (train & validation or train & test or validation & test)
+
+    # The same seed gives the same bytes, another one does not; a folder in use is left alone, and
+    # nothing half-made.
+    capsys.readouterr()
+    build_asterisk(tmp_path, "again")
+    printed = capsys.readouterr().out
+    assert all(group in printed for group in asterisk.MIX) and "hours" in printed
+    for path in (tmp_path / "made").rglob("*.*"):
+        same_file = tmp_path / "again" / path.relative_to(tmp_path / "made")
+        assert path.read_bytes() == same_file.read_bytes(), path
+    other = build_asterisk(tmp_path, "other", "--seed", "1")
+    references, others = ([row["reference"] for row in x["train"]] for x in (rows, other))
+    assert others != references
+    with pytest.raises(SystemExit, match="not empty"):
+        build_asterisk(tmp_path, "made")
+    assert {path.name for path in tmp_path.iterdir()} == {"sounds", "doc", "made", "again", "other"}
+
+
+def test_asterisk_without_torchaudio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)  # makes its import fail
+    with pytest.raises(SystemExit, match="torchaudio does not import .*; fix: pip install"):
+        asterisk.resample(np.zeros(8000, np.float32), 8000)
+
+
+def test_asterisk_missing_packages(tmp_path, capsys):
+    make_packages(tmp_path)
+    (tmp_path / "sounds" / asterisk.VOICES["ru"] / "digits" / "3.wav").unlink()
+    (tmp_path / "doc" / asterisk.TRANSCRIPT.format("fr")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        build_asterisk(tmp_path, "made")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and not (tmp_path / "made").exists()
+    packages = "asterisk-core-sounds-fr asterisk-core-sounds-ru-wav"
+    assert re.search(rf"apt-get install .*{packages}\n", message)
+    assert "asterisk-core-sounds-en" not in message
+
+
+# --------------------------------------------------------------------------------------------------
+# librispeech, librisqa, covost2: made-up trees in the publishers' layouts
+
+
+def run_script(script, *arguments):
+    script.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, script, why, *arguments):
+    """The script says why in one line, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, *arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(why, message) and message.count("\n") == 1, message
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make_librispeech(root, sizes):
+    """Subset/speaker/chapter folders, three recordings a chapter and its .trans.txt. Returns
+    {subset: files}."""
+    files = {subset: [] for subset in sizes}
+    for speaker, (subset, size) in enumerate(sizes.items(), start=61):
+        for i in range(size):
+            name = f"{speaker}-{i // 3}"
+            folder = root / "LibriSpeech" / subset / str(speaker) / str(i // 3)
+            folder.mkdir(parents=True, exist_ok=True)
+            files[subset].append(str(folder / f"{name}-{i % 3:04d}.flac"))
+            write_tone(files[subset][-1], 0.1, 16000)
+            with open(folder / f"{name}.trans.txt", "a") as file:
+                file.write(f"{name}-{i % 3:04d} IT'S {'OH ' * i}ONE OF {speaker}\n")
+    return files
+
+
+def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
+    sizes = {"train-clean-100": 9, "dev-clean": 2, "test-clean": 4, "test-other": 3}
+    files = make_librispeech(tmp_path, sizes)
+    speech = tmp_path / "LibriSpeech"
+    test = ["--test", "test-clean", "test-other", "--out"]
+    run_script(librispeech, "--librispeech", speech, *test, tmp_path / "made")
+    rows = data.load_corpus(tmp_path / "made", 1)
+    for split, *subsets in (
+        ("train", "train-clean-100"),
+        ("validation", "dev-clean"),
+        ("test", "test-clean", "test-other"),
+    ):
+        want = []
+        for subset in subsets:
+            speaker = 61 + list(sizes).index(subset)
+            for i, file in enumerate(files[subset]):
+                said = f"it's {'oh ' * i}one of {speaker}"
+                prompt = AUDIO + "Write down what is said."
+                row = {"audio": file, "prompt": prompt, "reference": said, "transcript": said}
+                if split == "test":
+                    row["group"] = subset
+                want.append(row)
+        assert sorted(map(str, rows[split])) == sorted(map(str, want))
+    # The first rows come from everywhere.
+    assert len({row["group"] for row in rows["test"][:4]}) == 2
+    monkeypatch.chdir(tmp_path)
+    # The folder around it will do, and a relative path.
+    run_script(librispeech, "--librispeech", ".", *test, "again")
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
+
+    test.append(tmp_path / "new")
+    for why, folder, extra in (
+        ("made is there already and not empty", speech, ["--out", tmp_path / "made"]),
+        ("named twice", speech, ["--validation", "test-other"]),
+        (
+            "LibriSpeech: expected .* and dev-other and .*, found dev-clean, t",
+            speech,
+            ["--validation", "dev-other"],
+        ),
+        (
+            "dev-clean: expected train-clean-100 and .*test-other in it, found 62$",
+            speech / "dev-clean",
+            [],
+        ),
+        ("/no: expected train-clean-100 and .*, found no such folder$", tmp_path / "no", []),
+    ):
+        refused(capsys, librispeech, why, "--librispeech", folder, *test, *extra)
+    test = ["--librispeech", speech, *test]
+    Path(files["dev-clean"][1]).unlink()
+    why = r"dev-clean: 1 of 2 recordings are missing, e\.g\. \S*62-0-0001\.flac"
+    refused(capsys, librispeech, why, *test)
+    spoken = speech / "dev-clean/62/0/62-0.trans.txt"
+    for line in ("62-0-0001", "62-1-0001 TWO"):
+        spoken.write_text(f"62-0-0000 ONE\n{line}\n")
+        why = rf"62-0\.trans\.txt, line 2: expected the name .*'{line}'"
+        refused(capsys, librispeech, why, *test)
+    spoken.write_text("")
+    refused(capsys, librispeech, "no row is left for the validation split", *test)
+    spoken.unlink()
+    refused(capsys, librispeech, "dev-clean: expected SPEAKER/CHAPTER/", *test)
+    with pytest.raises(TypeError):
+        with new_corpus(tmp_path / "new") as rows:  # stopped while it writes the second file
+            rows |= {"train": [1], "validation": [{2}], "test": [3]}
+    # Whole, or not at all.
+    assert {path.name for path in tmp_path.iterdir()} == {"LibriSpeech", "made", "again"}
+
+
+def test_librispeech_download(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fetch(root, url, download):  # as torchaudio's: what is there already is left alone
+        asked.append((root, url, download))
+        if len(asked) == 3:
+            raise RuntimeError("invalid hash value")
+        if not (Path(root) / "LibriSpeech" / url).is_dir():
+            make_librispeech(Path(root), {url: 1})
+
+    datasets = types.SimpleNamespace(LIBRISPEECH=fetch)
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", datasets)
+    options = ["--download", "--out", tmp_path / "made", "--librispeech"]
+    why = r"test-clean could not be downloaded to \S+data \(invalid hash value\)"
+    refused(capsys, librispeech, why, *options, tmp_path / "data")
+    run_script(
+        librispeech, *options, tmp_path / "data" / "LibriSpeech"
+    )  # either folder means the same
+    subsets = ("train-clean-100", "dev-clean", "test-clean")
+    assert asked == 2 * [(str(tmp_path / "data"), subset, True) for subset in subsets]
+    assert [len(part) for part in data.load_corpus(tmp_path / "made", 1).values()] == [1, 1, 1]
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", None)  # makes its import fail
+    options += [tmp_path / "data", "--out", tmp_path / "new"]
+    refused(capsys, librispeech, "fix: pip install", *options)
+
+
+def test_librisqa_corpus(tmp_path, capsys):
+    files = make_librispeech(tmp_path, {"train-clean-360": 11, "test-clean": 5})
+    questions = tmp_path / "LibriSQA" / "LibriSQA-PartI"
+    items = {}
+    questions.mkdir(parents=True)
+
+    def write(name, items):
+        (questions / f"LibriSQA-PartI-{name}.json").write_text(json.dumps(items), encoding="utf-8")
+
+    for name, subset in (("train", "train-clean-360"), ("test", "test-clean")):
+        names = [str(Path(file).relative_to(tmp_path)) for file in files[subset]]
+        paths = [name.replace(".flac", ".wav") for name in names]
+        paths[0] = paths[0].removeprefix("LibriSpeech/").replace(".wav", ".flac")
+        items[name] = [
+            {
+                "speech_path": path,
+                "question": f"Why {i} {{}}? ",
+                "answer": f" Since {i} é.",
+                "text": f"OH {i}",
+                "duration": 0.1,
+            }
+            for i, path in enumerate(paths)
+        ]
+        write(name, items[name])
+    options = ["--librispeech", tmp_path, "--librisqa", tmp_path / "LibriSQA", "--out"]
+    run_script(librisqa, *options, tmp_path / "made")
+    rows = data.load_corpus(tmp_path / "made", 1)
+    numbers = {
+        split: [int(row["reference"].split()[1]) for row in part] for split, part in rows.items()
+    }
+    # What datasets 5.2.0 makes of 0..10 with train_test_split(test_size=0.2, seed=0): validation is
+    # its test split.
+    assert numbers["train"] == [2, 0, 3, 5, 10, 9, 8, 1] and numbers["validation"] == [4, 6, 7]
+    assert sorted(numbers["test"]) == [0, 1, 2, 3, 4] != numbers["test"]
+    for split, part in rows.items():
+        subset = files["test-clean" if split == "test" else "train-clean-360"]
+        for i, row in zip(numbers[split], part):
+            assert row["audio"] == subset[i]
+            assert (row["reference"], row["transcript"]) == (f"Since {i} é.", f"oh {i}")
+            question = f"Why {i} {{}}?"
+            assert row["prompt"] in [wording.format(question) for wording in librisqa.WORDINGS]
+            assert split != "test" or row["prompt"] == f"{AUDIO}Why {i} {{}}?"
+    # Chosen by a hash, the same on every machine: `printf 'Why 2 {}?' | sha256sum` starts with a
+    # byte that is 0 mod 3.
+    wordings = [re.sub(r"Why \d {}\?", "{}", row["prompt"]) for row in rows["train"][:3]]
+    assert [librisqa.WORDINGS.index(wording) for wording in wordings] == [0, 2, 1]
+
+    inner = ["--librisqa", questions, "--librispeech", tmp_path / "LibriSpeech"]
+    run_script(librisqa, *options, tmp_path / "again", *inner)
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
+    run_script(librisqa, *options, tmp_path / "seed1", "--seed", "1")
+    assert contents(tmp_path / "made")["train.jsonl"] != contents(tmp_path / "seed1")["train.jsonl"]
+
+    # Gone: recording 5 and answer 10. The rest stays in its split.
+    Path(files["train-clean-360"][5]).unlink()
+    items["train"][10]["answer"] = " "
+    write("train", items["train"])
+    why = r"train: 1 of 8 .* not in \S+, e\.g\. \S+1-0002.wav; .*--skip-missing"
+    refused(capsys, librisqa, why, *options, tmp_path / "new")
+    run_script(librisqa, *options, tmp_path / "new", "--skip-missing")
+    printed = capsys.readouterr().out
+    assert "train: 1 of 8 recordings are not in" in printed
+    assert "train: 1 of 8 rows have no question or no" in printed
+    left = rows["train"][:3] + rows["train"][5:]
+    assert data.load_corpus(tmp_path / "new", 1) == {**rows, "train": left}
+    for why, changed in (
+        (r"test\.json: expected a list of questions, found \{'speech_path'", items["test"][0]),
+        (
+            r"item 3: expected .*answer, found \{'question': 'Why\?'\}",
+            items["test"][:2] + [{"question": "Why?"}],
+        ),
+        (r"item 1: expected .*'answer': None", [{**items["test"][0], "answer": None}]),
+        ("no row is left for the test split", []),
+    ):
+        write("test", changed)
+        refused(capsys, librisqa, why, *options, tmp_path / "bad", "--skip-missing")
+    (questions / "LibriSQA-PartI-test.json").write_text('[{"speech_path"')
+    refused(capsys, librisqa, r"test\.json is not JSON \(", *options, tmp_path / "bad")
+    found = "found test-clean, train-clean-360$"
+    why = f"/LibriSpeech: expected LibriSQA-PartI-train.json and .* in it, {found}"
+    options += [tmp_path / "bad", "--librisqa", tmp_path / "LibriSpeech"]
+    refused(capsys, librisqa, why, *options)
+
+
+def test_covost2_corpus(tmp_path, capsys):
+    clips = tmp_path / "cv" / "en" / "clips"
+    tsv = tmp_path / "covost_v2.en_de.tsv"
+    clips.mkdir(parents=True)
+    spoken = ["client_id\tpath\tsentence\tup_votes"]
+    translated = ["path\ttranslation\tsplit"]
+    want = {}
+    ours = {
+        "train": "train",
+        "dev": "validation",
+        "test": "test",
+        "train_covost": "train",
+        "dev_covost": "none",
+    }
+    for i, (theirs, split) in enumerate(ours.items()):
+        for k in range(4):
+            write_tone(clips / f"en_{i}{k}.mp3", 0.1, 48000)
+            clip = clips / f"en_{i}{k}.mp3"
+            # A quotation that never ends, and characters escaped.
+            spoken.append(f'c\t{clip.name}\t"{k}, he said\t2')
+            translated.append(f'{clip.name}\t {i}\\"{k}\\\\ "ä\t{theirs}')
+            row = (str(clip), f'"{k}, he said', f'{i}"{k}\\ "ä')
+            want.setdefault(split, set()).add(row)
+    for name in ("old", "gone", "empty", "mute"):
+        spoken += [f"c\t{name}.mp3\tSo.\t2"] if name != "old" else []
+        translated.append(f"{name}.mp3\t{'So.' if name != 'mute' else ''}\ttest")
+        if name != "gone":
+            (clips / f"{name}.mp3").write_bytes(b"x" if name != "empty" else b"")
+
+    def write(spoken, translated):
+        (clips.parent / "validated.tsv").write_text("\n".join(spoken) + "\n", encoding="utf-8")
+        tsv.write_text("\n".join(translated) + "\n", encoding="utf-8")
+
+    write(spoken, translated)
+    options = ["--common-voice", clips.parent, "--translations", tsv, "--out"]
+    run_script(covost2, *options, tmp_path / "made")
+    printed = capsys.readouterr().out
+    assert "1 recordings not in validated.tsv, e.g. old.mp3\n" in printed
+    assert "2 recordings missing or empty in clips, e.g. gone.mp3, empty.mp3\n" in printed
+    assert "1 recordings without translation, e.g. mute.mp3\n" in printed
+    rows = data.load_corpus(tmp_path / "made", 1)
+    for split, part in rows.items():
+        assert {(row["audio"], row["transcript"], row["reference"]) for row in part} == want[split]
+        assert len(part) == len(want[split])
+        clips_in_order = [row["audio"] for row in part]
+        assert clips_in_order != sorted(clips_in_order)  # speakers mixed
+    assert {row["prompt"] for row in rows["test"]} == {AUDIO + "Say this in German."}
+    prompts = {row["transcript"]: row["prompt"] for row in rows["train"]}
+    assert len(prompts) == 4
+    assert len(set(prompts.values())) > 1
+    assert all("German" in p for p in prompts.values())
+    for row in rows["train"] + rows["validation"]:
+        assert row["prompt"] == prompts[row["transcript"]]
+    # The folder around it will do.
+    run_script(covost2, *options, tmp_path / "again", "--common-voice", tmp_path / "cv")
+    assert contents(tmp_path / "made") == contents(tmp_path / "again")
+
+    options.append(tmp_path / "new")
+    for why, *changed in (
+        (
+            "validated.tsv: expected the columns path, sentence, found path, text$",
+            ["path\ttext"],
+            translated,
+        ),
+        (
+            "validated.tsv, line 3: expected 4 fields, found 2$",
+            [*spoken[:2], "c\ten_01.mp3", *spoken[2:]],
+            translated,
+        ),
+        (
+            "en_de.tsv, line 2: expected 3 fields, found 4$",
+            spoken,
+            [translated[0], "a\tb\ttest\tc"],
+        ),
+        (
+            "en_de.tsv: expected the columns .*split, found <!DOCTYPE html>$",
+            spoken,
+            ["<!DOCTYPE html>"],
+        ),
+        ("no row is left for the train split", spoken[:1], translated),
+    ):
+        write(*changed)
+        refused(capsys, covost2, why, *options)
+    tsv.write_bytes(b"path\ttranslation\tsplit\na\t\xff\ttest\n")
+    refused(capsys, covost2, "en_de.tsv, after line .*decode", *options)
+    for name in ("covost_v2.en_de.tsv.tar.gz", "covost_v2.en_xx.tsv", "covost_v2.de_en.tsv"):
+        if "de_en" not in name:  # which is not there
+            (clips / name).write_text("path\ttranslation\tsplit\n")
+        why = f"{name}: expected a file covost_v2.SOURCE_TARGET.tsv"
+        refused(capsys, covost2, why, *options, "--translations", clips / name)
+    found = r"found covost_v2.en_de.*, empty.mp3, .*, \.\.\.$"
+    why = f"clips: expected validated.tsv and clips in it, {found}"
+    refused(capsys, covost2, why, *options, "--common-voice", clips)
+    assert {path.name for path in tmp_path.iterdir()} == {"cv", tsv.name, "made", "again"}
+
+
+# --------------------------------------------------------------------------------------------------
+# synthetic
+
+
+@pytest.mark.parametrize("task", ["qa", "translation"])
+def test_synthetic_corpus(task):
+    """No content twice, in whatever split; every slot is in reference and target and, asked for,
+    in the audio; the supervised wording is mostly not the rewarded one; who does not listen has
+    few slots right."""
+    sizes = {"train": 400, "validation": 60, "test": 90}
+    splits = synthetic.rows(task, sizes, seed=3)
+    rows = sum(splits.values(), [])
+    prompts = {row["prompt"] for row in splits["train"]}
+    assert splits == synthetic.rows(task, sizes, seed=3) != synthetic.rows(task, sizes, seed=4)
+    assert {name: len(part) for name, part in splits.items()} == sizes
+    assert len({row["transcript"] for row in rows}) == len(rows)
+    assert len({row["audio"].phones for row in rows}) == len(rows)
+    for row in rows:
+        assert row["prompt"].count(AUDIO) == 1
+        assert not any(slot in row["prompt"] for slot in row["slots"])
+        for text in ("reference", "target", *["transcript"] * (task == "qa")):
+            assert data.slot_accuracy([row[text]], [row]) == 1
+    assert 0.8 < np.mean([row["target"] != row["reference"] for row in rows]) < 0.95
+    assert 20 < np.mean([data.sentence_bleu(row["target"], row["reference"]) for row in rows]) < 80
+    assert data.slot_accuracy([row["reference"] for row in rows], rows[1:] + rows[:1]) < 0.4
+    # One for one content, always.
+    wording = {(row["prompt"], *row["slots"]): row["reference"] for row in rows}
+    assert all(row["reference"] == wording[(row["prompt"], *row["slots"])] for row in rows)
+    assert len(wording) < len(rows) - 10 or task == "translation"
+    assert len(prompts) == (3 if task == "qa" else 1)
+    assert len({(row["prompt"], len(row["slots"])) for row in rows}) == len(prompts)
+    assert set("".join(row["audio"].phones for row in rows)) <= set(synthetic.PHONES)
+
+
+@pytest.mark.parametrize("phones", ["anV bot sevVn red apVlz", "hjugo wA getsujou ni"])
+def test_synthesize(phones):
+    """16 kHz, audible, finite; the seed decides everything, nothing outside does; voices and
+    phones differ."""
+    audio = data.load_audio({"audio": synthetic.Speech(phones, 7)})
+    state = torch.random.get_rng_state()
+    np.random.seed(1)
+    same((audio, state), (synthetic.synthesize(phones, 7), torch.random.get_rng_state()))
+    assert audio.dtype == torch.float32 and audio.ndim == 1 and audio.isfinite().all()
+    assert 0.02 < audio.square().mean().sqrt() < 0.2 and audio.abs().max() < 1
+    assert 0.7 < len(audio) / sum(16 * synthetic.PHONES[p][-1] for p in f" {phones} ") < 1.4
+    speakers = [data.log_mel(synthetic.synthesize(phones, seed)) for seed in range(6)]
+    for a, b in itertools.combinations(speakers, 2):
+        assert (a[: len(b)] - b[: len(a)]).abs().mean() > 0.02
+    periods = []  # in samples, of one vowel by several speakers
+    for seed in range(8):
+        vowel = synthetic.synthesize("u" * 20, seed)[4000:5600]
+        autocorrelation = torch.fft.irfft(torch.fft.rfft(vowel, 3200).abs() ** 2)
+        periods.append(autocorrelation[62:240].argmax() + 62)
+    assert max(periods) > 1.4 * min(periods)
+    spectra = []
+    for phone in "iAus":
+        mel = data.log_mel(synthetic.synthesize(phone * 8, 5))
+        spectra.append(mel.unflatten(1, (2, 80)).mean((0, 1)))
+    assert torch.pdist(torch.stack(spectra)).min() > 0.5

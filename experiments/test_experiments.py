@@ -1,0 +1,334 @@
+"""The methods that the experiments compare, and the statistics they report."""
+
+import itertools
+import math
+import random
+import types
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import leaf
+import train
+from data import UserError
+from experiments import compare, credit, large, methods
+from model import Rollout
+from test_leaf import EOS, pad_responses, read_json_lines, seeded
+
+__all__ = ["seeded"]  # a fixture that every test here uses
+
+
+# --------------------------------------------------------------------------------------------------
+# methods
+
+
+@pytest.mark.parametrize("boundaries", [[], [1], [2], [1, 2]])
+def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
+    """Every group of 3 responses of a policy with a logit per prefix, each with its probability:
+    nothing is sampled."""
+    T = 3
+    vocab = (EOS, 1, 2)
+    rng = random.Random(sum(boundaries))
+    prefixes = [p for n in range(T) for p in itertools.product(vocab[1:], repeat=n)]
+    logits = torch.tensor(
+        [[rng.gauss(0, 1) for _ in vocab] for _ in prefixes],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    logp = logits.log_softmax(-1)
+    responses = [(*p, v) for p in prefixes for v in vocab if v == EOS or len(p) == T - 1]
+    steps = [[(prefixes.index(o[:t]), o[t]) for t in range(len(o))] for o in responses]
+    probability = torch.stack([sum(logp[s] for s in row).exp() for row in steps])
+    rewards = [rng.random() for _ in responses]
+    assert probability.sum().item() == pytest.approx(1)
+    expected_reward = probability @ torch.tensor(rewards, dtype=torch.float64)
+    (truth,) = torch.autograd.grad(expected_reward, logits, retain_graph=True)
+
+    weight = {}  # of each log-probability in the expected surrogate
+    for group in itertools.product(range(len(responses)), repeat=3):
+        chance = math.prod(probability[o].item() for o in group)
+        tokens, lengths = pad_responses([responses[o] for o in group], T)
+        r = [rewards[o] for o in group]
+        nodes = leaf.build_tree(tokens, lengths, r, boundaries)
+        for i, start, end, value in methods.leave_one_out_credits(lengths, r, nodes):
+            for step in steps[group[i]][start:end]:
+                weight[step] = weight.get(step, 0) + chance * value / 3
+    (expected,) = torch.autograd.grad(sum(w * logp[step] for step, w in weight.items()), logits)
+    assert torch.allclose(expected, truth, rtol=0, atol=1e-12)
+
+
+def test_leave_one_out_is_rloo_without_a_tree_and_keeps_grpos_scale():
+    tokens, lengths = pad_responses([[1, 2, EOS], [2, EOS], [2, 1, 1]])
+    rewards = [0.9, 0.1, 0.4]
+    found = methods.leave_one_out(tokens, lengths, rewards, boundaries=[])
+    # r - mean of the others is (r - mean) K / (K - 1).
+    expected = leaf.grpo_advantages(rewards, lengths) * 3 / 2
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_random_boundaries_keep_the_separation_and_are_uniform():
+    """Candidates, D and budget of the paper's step 2; fewer than B only when no candidate is
+    left; seeded."""
+    rng = random.Random(5)
+    g = torch.Generator().manual_seed(0)
+    before = torch.random.get_rng_state()
+    for _ in range(300):
+        lengths = [rng.randint(0, 20) for _ in range(rng.randint(1, 8))]
+        B = rng.randint(0, 4)
+        m = rng.randint(0, 4)
+        got = methods.random_boundaries(torch.tensor(lengths), B, g, min_prefix=m)
+        D = max(2, min(lengths) // (B + 1))
+        allowed = range(max(1, m), max(lengths))
+        assert len(got) <= B
+        assert set(got) <= set(allowed)
+        assert all(b - a >= D for a, b in zip(got, got[1:]))
+        assert len(got) == B or all(any(abs(t - k) < D for k in got) for t in allowed)
+    lengths = torch.tensor([90, 99])
+    a = methods.random_boundaries(lengths, 2, torch.Generator().manual_seed(1))
+    b = methods.random_boundaries(lengths, 2, torch.Generator().manual_seed(1))
+    assert a == b
+    assert torch.equal(before, torch.random.get_rng_state())  # only the generator handed in is used
+    lengths = torch.tensor([11, 11])
+    chosen = [methods.random_boundaries(lengths, 1, g)[0] for _ in range(3000)]
+    count = np.bincount(chosen, minlength=11)
+    assert count[0] == 0 and np.abs(count[1:] - 300).max() < 5 * math.sqrt(3000 * 0.1 * 0.9)
+
+
+def test_even_boundaries_by_hand():
+    for lengths, B, m, want in (
+        ([9, 12], 2, 1, [3, 6]),
+        ([12, 9], 3, 1, [2, 4, 6]),
+        ([9, 12], 3, 3, [4, 6]),
+        ([2, 9], 3, 0, [1]),
+        ([0, 9], 3, 1, []),
+        ([9], 0, 1, []),
+    ):
+        assert methods.even_boundaries(torch.tensor(lengths), B, min_prefix=m) == want
+
+
+# --------------------------------------------------------------------------------------------------
+# compare
+
+
+def test_intervals_are_students_over_bases():
+    """The quantiles against the density itself; ten runs of one base count as one."""
+    for df, quantile in enumerate(compare.T, 1):
+        x = torch.linspace(0, quantile, 20001, dtype=torch.float64)
+        log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        density = math.exp(log_scale) * (1 + x**2 / df) ** (-(df + 1) / 2)
+        assert 0.5 + torch.trapezoid(density, x).item() == pytest.approx(0.975, abs=3e-5)
+    assert compare.student(3) == compare.T[2] and compare.student(31) == 1.96
+    mean, half = compare.interval({0: [1.0] * 10, 1: [2.0], 2: [2.5, 3.5], 3: [4.0]})
+    assert (mean, half) == pytest.approx((2.5, compare.student(3) * math.sqrt(5 / 3) / 2))
+
+
+def a_result(method, base, seed, score, stage="main", **more):
+    which = {"stage": stage, "task": "qa", "method": method, "base": base, "seed": seed}
+    return {**which, "lr": 1e-3, **more, "test": {m: score for m in compare.METRICS}}
+
+
+def test_differences_are_paired_by_base_and_seed():
+    rng = random.Random(0)
+    lines = []
+    for base, seed in itertools.product(range(4), range(5)):
+        luck = rng.uniform(0, 50)  # what a base and a seed bring cancels
+        lines += [
+            a_result("LEAF", base, seed, luck + 2 + base),
+            a_result(compare.BASELINE, base, seed, luck),
+        ]
+    lines.append(a_result("LEAF", 0, 77, 1e6))  # without a partner
+    rng.shuffle(lines)
+    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in lines}
+    half = compare.student(3) * math.sqrt(5 / 3) / 2
+    found = compare.paired(runs, "qa", "LEAF", compare.BASELINE, compare.METRICS[0])
+    assert found == f"+3.50 ± {half:.2f}"
+
+
+def test_the_best_rate_is_the_best_mean_at_the_end():
+    at_end = {1e-3: (50, 60), 2e-3: (40, 71), 4e-3: (80, 20)}
+    runs = [
+        {"task": "qa", "method": "LEAF", "lr": lr, "validation": {"25": 99.0, "50": float(score)}}
+        for lr, scores in at_end.items()
+        for score in scores
+    ]
+    assert compare.best_rates(runs, 2) == {("qa", "LEAF"): [2e-3, 1e-3]}
+    runs += [runs[0], runs[1]]  # run again, as the two best are: a rate tried less often is out
+    assert compare.best_rates(runs, 1) == {("qa", "LEAF"): [1e-3]}
+
+
+def test_forks_are_counted_by_phase_and_place():
+    rng = random.Random(1)
+
+    def random_fork():
+        known = {"usable": False, "group_size": 3, "reward_spread": 0.5}
+        return {"place": rng.random() * 1.2, "fires": rng.random() < 0.5, **known}
+
+    forks = [[random_fork() for _ in range(rng.randint(0, 3))] for _ in range(200)]
+    cells = {(c["phase"], c["place"]): c for c in compare.forkability(forks)}
+    assert sum(c["boundaries"] for c in cells.values()) == sum(map(len, forks))
+    # Phase 2 of 5, place 1 of 4.
+    third = [f for report in forks[80:120] for f in report if 0.25 <= f["place"] < 0.5]
+    assert cells[2, 1]["boundaries"] == len(third)
+    assert cells[2, 1]["fires"] == pytest.approx(fmean(f["fires"] for f in third), abs=1e-4)
+
+
+def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeypatch):
+    """In miniature: bases, rates on validation alone, then LEAF and GRPO from the same rollouts;
+    a line for each."""
+    tiny = dict(
+        train_rows=24,
+        validation_rows=4,
+        test_rows=6,
+        ctc_steps=1,
+        sft_steps=2,
+        base_batch=4,
+        eval_passes=1,
+    )
+    loop = dict(
+        steps=4,
+        prompts=2,
+        responses=4,
+        update_prompts=1,
+        eval_every=2,
+        max_new_tokens=6,
+        device="cpu",
+    )
+    monkeypatch.setattr(compare, "RUN", tiny | loop)
+    monkeypatch.setattr(compare, "BASES", range(1))
+    monkeypatch.setitem(compare.RATES, "qa", (1e-3, 2e-3))
+    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, ablation_seeds=1, lr=None)
+    with pytest.raises(UserError, match="run the stage rates"):
+        compare.missing(args, "main")
+    compare.make_base(args, "qa", 0)
+    with monkeypatch.context() as m:
+        touched = "the test split was touched to choose a learning rate"
+        m.setattr(train, "evaluate", lambda *_: pytest.fail(touched))
+        for stage in ("rates", "finals"):
+            for job in compare.plan(args, stage):
+                compare.run(args, *job)
+    assert len(compare.finished(args, "rates")) == 2 * len(compare.COMPARED)
+    assert len(compare.finished(args, "finals")) == 2 * len(compare.COMPARED)
+    final = next((tmp_path / "finals").glob("*.json"))
+    final.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="run the stage finals"):
+        compare.missing(args, "main")
+    (tmp_path / "away").rename(final)
+    jobs = [job for job in compare.missing(args, "main") if job[4] == 3]
+    assert [job[2] for job in jobs] == list(compare.COMPARED)
+    asked = compare.plan(types.SimpleNamespace(**vars(args) | {"lr": 5e-4}), "main")
+    assert asked == [(*job[:-1], 5e-4) for job in compare.plan(args, "main")]
+    for job in jobs:
+        compare.run(args, *job)
+    runs = compare.finished(args, "main")
+    assert {r["method"] for r in runs} == set(compare.COMPARED)
+    assert all("BLEU greedy" in r["test"] for r in runs)
+    assert len({r["curves"]["reward"][0] for r in runs}) == 1  # before any update
+    assert [f.name for f in (tmp_path / "main").iterdir() if f.is_dir()] == []
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    compare.keep(args)
+    compare.report(read_json_lines(tmp_path / "compare.jsonl"))
+    made = {f"{name}.{kind}" for name in ("compare", "forks") for kind in ("png", "svg")}
+    assert made <= {f.name for f in tmp_path.iterdir()}
+    assert "| qa | LEAF |" in (tmp_path / "compare.md").read_text()
+
+
+def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
+    """And gives credit that differs from all others' on rollouts where it can."""
+    rng = random.Random(2)
+    seen = set()
+    for name, method in compare.ALL.items():
+        cfg = train.Config(**method.flags)
+        assert cfg.prompts * cfg.responses == 64 and cfg.prompts == 2 * cfg.update_prompts, name
+        rng.seed(2)
+        torch.manual_seed(0)
+        rows = [[rng.randint(1, 2) for _ in range(20)] for _ in range(6)]
+        rows += [rows[0][:10] + [2] * 10] * 2
+        tokens, lengths = pad_responses([[1] * 6 + row for row in rows])
+        surprisal = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3))
+        rewards = [rng.random() for _ in lengths]
+        advantages, boundaries = method.credit(cfg, tokens, lengths, surprisal, rewards)
+        assert advantages.shape == tokens.shape and all(type(b) is int for b in boundaries)
+        if ", K" not in name:
+            seen.add(tuple(advantages.flatten().tolist()))
+    assert len(seen) == len(compare.METHODS)
+
+
+def test_the_microscopes_statistics_are_those_of_all_pairs():
+    """SNR and the mean gradient's cosine from sums over blocks, against every pair of batches
+    written out."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(2, 30, generator=generator) * 0.1 + torch.arange(30.0)
+    target = credit.Target.of(truth)
+    assert target.norm**2 == pytest.approx(float(truth[0] @ truth[1]))
+    assert torch.equal(target.mean, truth.mean(0))
+    gradients = torch.randn(60, 30, generator=generator) * 9 + torch.arange(30.0)
+    sums = credit.Sums(60, [target])
+    for n, g in enumerate(gradients):
+        sums.add(n, g)
+    for left_out, (snr, bias) in zip((None, *range(credit.BLOCKS)), sums.whole()):
+        kept = gradients[torch.from_numpy(sums.member != left_out)]
+        products = kept @ kept.T
+        n = len(kept)
+        square = float(products.sum() - products.trace()) / n / (n - 1)
+        assert snr == pytest.approx(square / (float(products.trace()) / n - square), rel=1e-4)
+        along = float(kept.mean(0) @ target.mean)
+        assert bias == pytest.approx(along / square**0.5 / target.norm, rel=1e-4)
+    along = float(gradients[3] @ target.mean / gradients[3].norm())
+    assert sums.cosines()[3, 0] == pytest.approx(along / target.norm)
+
+
+def test_boundaries_near_decisions_are_counted_over_prompts():
+    shares = credit.summarise_landings([[0, 2, None], [0, -1]])
+    assert [x["value"] for x in shares.values()] == pytest.approx([2 / 5, 1 / 5, 3 / 4])
+    assert shares["mean distance"]["ci"] == pytest.approx([1 / 2, 1])  # the prompts on their own
+    alike = credit.summarise_landings([[0, 1, None]] * 5)
+    assert all(x["ci"] == [x["value"]] * 2 for x in alike.values())
+
+
+def test_the_microscope_weighs_tokens_as_the_loss_does():
+    """In the training setting, weight times advantage is the gradient of the trainer's loss at
+    ratio 1 without KL."""
+    lengths = torch.tensor([[1, 4, 3], [5, 2, 2]])
+    shape = (2, 3, 5)
+    logp = torch.randn(shape, requires_grad=True)
+    advantages = torch.randn(shape)
+    rollout = Rollout(torch.zeros(shape, dtype=torch.int64), lengths, *torch.zeros(2, *shape))
+    batch = credit.Batch([], [], None, rollout, [])
+    flat = (x.flatten(0, 1) for x in (logp, logp.detach(), logp.detach(), advantages, rollout.mask))
+    loss, _ = leaf.policy_loss(*flat, kl_coef=0.0)
+    (gradient,) = torch.autograd.grad(-loss, logp)
+    weight = batch.weight(credit.SETTINGS["training"])
+    assert torch.allclose(weight * advantages, gradient, atol=1e-7)
+    summed = batch.weight(credit.SETTINGS["exact"])
+    assert torch.equal(summed, rollout.mask / 6)
+
+
+def test_a_fully_trained_model_has_its_own_past_as_reference():
+    """Inside, the values of when it was made; outside, the trained ones in the same storage,
+    whatever happened."""
+    model = nn.Linear(3, 2)
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    reference = large.held(parameters)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(1)
+    storage = [p.data_ptr() for p in parameters.values()]
+    with pytest.raises(ZeroDivisionError), reference(model):
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        raise ZeroDivisionError
+    assert [p.data_ptr() for p in parameters.values()] == storage
+    assert all(torch.equal(p, before[name] + 1) for name, p in model.named_parameters())
+
+
+def test_intervals_of_one_base_are_over_seeds_and_of_several_over_bases():
+    one = large.interval({(0, seed): float(seed) for seed in range(3)})
+    assert (one["mean"], one["units"]) == (1, 3)
+    assert one["half_width_95"] == pytest.approx(compare.student(2) / 3**0.5)
+    cells = itertools.product(range(2), range(3))
+    several = large.interval({(base, seed): base + 10.0 * seed for base, seed in cells})
+    assert (several["mean"], several["units"]) == (10.5, 2)
+    assert several["half_width_95"] == pytest.approx(compare.student(1) * 0.5)

@@ -1,0 +1,100 @@
+"""tools.ask, on a run in miniature."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import data
+import lora
+import train
+from data import UserError
+from test_leaf import ROOT, first_run, read_json_lines, seeded, write_corpus
+from tools import ask
+
+__all__ = ["first_run", "seeded"]  # fixtures
+
+REFERENCE = "Anna bought the two red apples at the market on Monday."
+
+
+def test_ask_answers_and_draws_the_tree(first_run, capsys):
+    command = [str(first_run), str(first_run / "example.wav"), "What happened?", "--device", "cpu"]
+    ask.main(command)
+    answer = capsys.readouterr().out
+    ask.main([*command, "--samples", "4", "--reference", REFERENCE])
+    tree = capsys.readouterr().out
+    assert tree.startswith(answer) and "root  n=4  V=" in tree and "boundaries [" in tree
+    assert sum("response" in line and "r=" in line for line in tree.splitlines()) == 4
+    with pytest.raises(data.DataError, match="missing.wav"):
+        ask.main([str(first_run), "missing.wav", "What?", "--device", "cpu"])
+
+
+def test_without_a_reference_the_tree_has_no_values(first_run, capsys):
+    command = [str(first_run), str(first_run / "example.wav"), "What happened?", "--device", "cpu"]
+    ask.main([*command, "--samples", "4"])
+    tree = capsys.readouterr().out
+    assert "root  n=4\n" in tree and "boundaries [" in tree
+    assert "V=" not in tree and "r=" not in tree and "advantage" not in tree
+    assert sum("response" in line for line in tree.splitlines()) == 4
+
+
+def test_the_answer_is_the_trained_models(first_run, tmp_path, monkeypatch, capsys):
+    """With the run's adapter, which the example's answer of the evaluation shows, too; a recording
+    from anywhere will do."""
+    seen = []
+    answer = train.answer
+
+    def recording(model, *rest):
+        seen.append(model)
+        return answer(model, *rest)
+
+    monkeypatch.setattr(train, "answer", recording)
+    rows = read_json_lines(first_run / "predictions-trained.jsonl")
+    question = rows[0]["prompt"].replace(data.AUDIO, "")
+    ask.main([str(first_run), str(first_run / "example.wav"), question, "--device", "cpu"])
+    assert capsys.readouterr().out == rows[0]["greedy"] + "\n"
+    layers = lora.lora_layers(seen[0])
+    assert layers and all(layer.lora_B.any() for layer in layers.values())
+    corpus = write_corpus(tmp_path / "tones")
+    ask.main([str(first_run), str(corpus / "test0.wav"), "Which tone?", "--device", "cpu"])
+
+
+def test_a_run_is_asked_by_its_folder_alone(first_run, tmp_path, monkeypatch):
+    """From any working directory; one that is not finished, or whose base is gone, says so."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        ask.main(["nowhere", str(first_run / "example.wav"), "What?", "--device", "cpu"])
+    cfg = train.finished(first_run, {"device": "cpu"})
+    assert cfg.resume_adapter == str(first_run / "adapter") and cfg.lora_r == 4
+    assert cfg.base_folder.samefile(first_run.parent / "base-qa-seed0") and cfg.device == "cpu"
+    shutil.copytree(first_run, tmp_path / "elsewhere" / "moved")
+    with pytest.raises(UserError, match=r"tokenizer.json"):
+        ask.main(["elsewhere/moved", str(first_run / "example.wav"), "?", "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    "more, word",
+    [
+        (["What?", "--samples", "1"], "--samples"),
+        (["What?", "--samples", "-1"], "--samples"),
+        (["What?", "--samples", "many"], "--samples"),
+        (["What?", "--reference", "that"], "--samples"),
+        (["What?", "--no-such-flag"], "no-such-flag"),
+        ([" "], "question"),
+        ([data.AUDIO + "What?"], data.AUDIO),
+        ([], "question"),
+    ],
+)
+def test_a_bad_question_gets_exit_code_2(more, word, first_run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ask.main([str(first_run), str(first_run / "example.wav"), *more])
+    assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_ask_is_a_command(tmp_path):
+    """`python -m tools.ask`: a mistake gets one line and exit code 2."""
+    command = [sys.executable, "-m", "tools.ask", str(tmp_path), "nowhere.wav", "What?"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "no finished run" in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
