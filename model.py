@@ -757,9 +757,9 @@ class SpeechLM(nn.Module):
         return logp[self._padded(paths, T, scored)].unflatten(0, (len(trees), -1))
 
     def _padded(self, rows: list[list[int]], width: int, value: int = 0) -> torch.Tensor:
-        return torch.tensor(
-            [row + [value] * (width - len(row)) for row in rows], device=self.device
-        )
+        """Ragged rows -> (rows, width), filled up with value."""
+        full = [row + [value] * (width - len(row)) for row in rows]
+        return torch.tensor(full, dtype=torch.int64, device=self.device)
 
     def token_logp(self, hidden, tokens, max_logits: int = 2**25):
         """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict.
