@@ -521,12 +521,13 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
     swapped = None
     if any("slots" in row for row in rows):
         swapped = answer(model, tokenizer, split, cfg, audio_of=data.swapped_audio(rows))
+    scores = data.evaluation_scores(rows, greedy, passes, swapped)
     with open(predictions, "w", encoding="utf-8") as file:
         for row, one, *sampled in zip(rows, greedy, *passes):
             line = {name: row[name] for name in ("audio", "prompt", "reference")}
             line |= {"greedy": one, "sampled": sampled}
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    return data.evaluation_scores(rows, greedy, passes, swapped)
+    return scores
 
 
 def show_table(title: str, columns: dict[str, dict]):
