@@ -185,7 +185,7 @@ def train_policy(
     updates = cfg.prompts // cfg.update_prompts  # per step
     share = slice(rank(), None, world())  # this process's prompts: r, r + N, ... of every update
     own_prompts = cfg.update_prompts // world()  # of an update
-    rule = getattr(credit, "__name__", repr(credit))
+    rule = getattr(credit, "__name__", type(credit).__name__)
     log = Log("policy", folder, cfg.steps, parameters, updater.adam, cfg.save_every, rule, world())
     with log:
         for step in range(log.start, cfg.steps):
@@ -445,8 +445,11 @@ def load(cfg: Config, device, dtype, adapter=""):
             tokenizer = data.Tokenizer(folder / "tokenizer.model")
             model = SpeechLM.from_pretrained(folder, device, dtype)
         else:
-            import released  # only now: it needs tokenizers and jinja2
-
+            try:
+                import released  # only now, for it needs packages that nothing else does
+            except ImportError as error:
+                fix = f"a released checkpoint needs {error.name}: pip install -r requirements.txt"
+                raise UserError(f"{folder}: {fix}") from None
             tokenizer = released.ChatTokenizer(folder, cfg.system_prompt)
             model = released.load_model(folder, device, dtype)
         if adapter:

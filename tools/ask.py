@@ -1,9 +1,9 @@
 """Ask a trained model about a recording, and see its sampled answers as LEAF sees them.
 
-python -m tools.ask RUN AUDIO "question"                       the greedy answer
-python -m tools.ask RUN AUDIO "question" --samples 8           and the tree of 8 sampled ones
-python -m tools.ask RUN AUDIO "question" --samples 8 --reference TEXT
-                                                with rewards, values and every token's credit
+    python -m tools.ask RUN AUDIO "question"
+
+prints the greedy answer; with --samples 8 also the prefix tree of 8 sampled ones; and with
+--reference TEXT besides, their rewards, the values of prefixes and every token's credit.
 """
 
 import argparse
