@@ -110,6 +110,7 @@ def _bleu_counts(answer: str, reference: str) -> np.ndarray:
 
 
 def _bleu(counts: np.ndarray, effective_order: bool) -> float:
+    """0..100, of what _bleu_counts returns, for one sentence or summed over many."""
     matches, totals = counts[:4], counts[4:8]
     answer_length, reference_length = counts[8:]
     if answer_length == 0 or not matches.any():
@@ -273,8 +274,8 @@ def log_mel(audio: torch.Tensor) -> torch.Tensor:
     mel = mel_filters().T @ spectrum.abs().square()  # (N_MELS, frames)
     logs = mel.T.clamp(min=1e-10).log10()
     logs = torch.maximum(logs, logs.max() - 8) / 4 + 1
-    even = len(logs) // 2 * 2
-    return logs[:even].reshape(-1, 2 * N_MELS)
+    logs = logs[: len(logs) // 2 * 2]  # an odd last frame has no partner
+    return logs.reshape(-1, 2 * N_MELS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,8 +473,8 @@ class Cache:
     """compute(indices) -> a tensor for each, kept for as many of n items as there is room for.
 
     The first items are computed here, in batches of a fixed size, until `gigabytes` are used up;
-    the others one by one whenever they are asked for. So what an item's batch was, and with it the
-    rounding, never depends on who asks: a resumed run sees the same numbers.
+    the others one by one whenever they are asked for. So an item's rounding, which depends on its
+    batch, is the same whoever asks: a resumed run sees the same numbers.
     """
 
     def __init__(self, compute, n: int, gigabytes: float, title: str, batch: int = 32):
@@ -496,21 +497,17 @@ class Cache:
 
 
 class Split:
-    """Rows, and what the model hears of them.
+    """Rows, and what the model hears of them: call `hear` first, and then `prompts`.
 
-    Each stage maps indices of rows to one tensor per row, and the last one that is frozen is kept:
-    mels (frames, 160), encoder frames (T, C), audio embeddings (N, C_text).
+    Each stage maps indices of rows to one tensor per row: mels (frames, 160) -> encoder frames
+    (T, C) -> audio embeddings (N, C_text).
     """
 
     def __init__(self, name: str, rows: list[dict], gigabytes: float):
         self.name = name
         self.rows = rows
         self.gigabytes = gigabytes
-        self.mels = self.cache("hearing", lambda indices: [self.mel(i) for i in indices])
-        self.frames = None  # once the encoder is frozen: encode()
-        self.sounds = None  # once there is a model to hear with: project()
-        self.frozen = False  # the model hears the same whether or not its adapters are on
-        self.tokenizer = None
+        self.mels = self.cache("log-mels of", lambda indices: [self.mel(i) for i in indices])
 
     def mel(self, index: int) -> torch.Tensor:
         return log_mel(load_audio(self.rows[index]))
@@ -519,32 +516,26 @@ class Split:
         title = f"{doing} {len(self.rows)} {self.name} rows"
         return Cache(compute, len(self.rows), self.gigabytes, title)
 
-    def encode(self, model):
-        """Pass everything through the encoder, which is frozen from here on."""
-        if self.frames is None:
-            self.frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
-            self.mels.forget()
-
-    def project(self, model, tokenizer, frozen: bool = True):
-        """And through the projector. What is left for RL then is embeddings in, text out.
+    def hear(self, model, tokenizer, frozen: bool = True):
+        """Pass everything through encoder and projector; what is left for RL is embeddings in,
+        text out.
 
         Not frozen (LoRA is on the encoder or projector): nothing is kept, and the audio is heard
         anew each time, by the model as it is then, with gradients where they are enabled.
         """
         self.tokenizer = tokenizer
-        self.frozen = frozen
         if frozen:
-            self.encode(model)
-            frames = self.frames
-            self.sounds = self.cache("projecting", lambda indices: model.project(frames(indices)))
+            frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
+            self.audio = self.cache("projecting", lambda indices: model.project(frames(indices)))
+            self.mels.forget()
             frames.forget()
         else:
-            self.sounds = lambda indices: model.project(model.encode(self.mels(indices)))
+            self.audio = lambda indices: model.project(model.encode(self.mels(indices)))
 
     def prompts(self, model, indices: list[int], audio_of: list[int] | None = None):
         """model.Prompts of the rows at indices, optionally with other rows' audio."""
         ids = [self.tokenizer.encode_prompt(self.rows[i]["prompt"]) for i in indices]
-        return model.embed_prompts(ids, self.sounds(audio_of or indices))
+        return model.embed_prompts(ids, self.audio(audio_of or indices))
 
 
 # --------------------------------------------------------------------------------------------------

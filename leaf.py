@@ -38,9 +38,9 @@ def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int 
     lengths = torch.as_tensor(lengths).cpu()
     first = max(1, min_prefix)
     longest = int(lengths.max())
-    # A position is kept at most once, so only its most surprised response matters.
     ended = torch.arange(longest) >= lengths[:, None]  # (K, longest)
-    peak = surprisal[:, :longest].masked_fill(ended, -math.inf).amax(0)  # (longest,)
+    # (longest,): a position is kept once at most, so its most surprised response counts.
+    peak = surprisal[:, :longest].masked_fill(ended, -math.inf).amax(0)
     ranked = peak[first:].argsort(descending=True, stable=True) + first  # ties: the smaller first
     return keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
 
@@ -77,8 +77,8 @@ class Node:
 def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
     """The retained nodes, by boundary and then by first member.
 
-    tokens: (K, T) int; lengths: (K,) int; rewards: (K,) float. A response of length <= b has no
-    more than its own tokens to compare, so at b it groups by all of them.
+    tokens: (K, T) int; lengths: (K,) int; rewards: (K,) float. A response that has ended by b is
+    grouped by all of its tokens.
     """
     rewards = _to_list(rewards)
     responses = [row[:n] for row, n in zip(_to_list(tokens), _to_list(lengths))]
@@ -88,8 +88,9 @@ def build_tree(tokens, lengths, rewards, boundaries: list[int]) -> list[Node]:
         for i, response in enumerate(responses):
             groups.setdefault(tuple(response[:b]), []).append(i)
         for members in groups.values():
-            if len(members) >= 2:  # a response on its own is not retained: V(v) would be just r_i
-                nodes.append(Node(b, members, sum(rewards[i] for i in members) / len(members)))
+            if len(members) >= 2:  # a response on its own has nobody to be compared with here
+                value = sum(rewards[i] for i in members) / len(members)
+                nodes.append(Node(b, members, value))
     return nodes
 
 
@@ -121,7 +122,7 @@ def span_credits(
     rewards = _to_list(rewards)
     root_value = sum(rewards) / len(rewards)  # V(v0)
 
-    def credit(value, parent_value):
+    def advantage(value, parent_value):
         global_advantage = value - root_value  # GA: is this prefix good for this prompt?
         local_advantage = value - parent_value  # LA: was the last decision good?
         if terms == "global":
@@ -137,23 +138,24 @@ def span_credits(
         start = 0
         parent_value = root_value
         for node in path_of(i, nodes):
-            node_credit = credit(node.value, parent_value)
-            if multiplicity:  # all n descendants repeat this span, so n copies of it add up
-                node_credit /= math.sqrt(len(node.members))
+            credit = advantage(node.value, parent_value)
+            if multiplicity:  # n responses repeat this span, and so n times its gradient adds up
+                credit /= math.sqrt(len(node.members))
             end = min(node.boundary, length)  # a response may end before its node's boundary
             if start < end:
-                spans.append(Span(i, start, end, node_credit))
+                spans.append(Span(i, start, end, credit))
             start = end
             parent_value = node.value
         if start < length:  # the tail, after the last node: the reward is this response's own
-            spans.append(Span(i, start, length, credit(rewards[i], parent_value)))
+            spans.append(Span(i, start, length, advantage(rewards[i], parent_value)))
     return spans
 
 
 def z_score(spans: list[Span]) -> list[Span]:
     """Step 5: credits minus their mean, over their unbiased standard deviation (at least 1e-6).
 
-    A span that n responses share is in the list n times, whatever its length; a lone one gets 0.
+    A span that n responses share is in the list n times, whatever its length. Fewer than two
+    spans have no spread: 0.
     """
     if len(spans) < 2:
         return [span._replace(credit=0.0) for span in spans]
@@ -234,10 +236,12 @@ def policy_loss(
 ):
     """Clipped policy gradient plus the k3 estimate of the KL to the reference: (loss, statistics).
 
-    All inputs are (N, T), N responses of any prompts: log-probabilities of the sampled tokens under
-    the model's full softmax, now, when sampled and under the reference; advantages; a mask of each
-    response's tokens, EOS included. The loss is a mean over a response's tokens, then over
-    responses, so micro-batches weighted by their share of responses add up to the whole.
+    logp, old_logp, ref_logp  (N, T), N responses of any prompts: log-probabilities of their tokens
+                              under the full softmax, now, when sampled, under the reference
+    advantages, mask          (N, T), the mask true on a response's tokens, EOS included
+
+    The loss is a mean over a response's tokens, then over responses: micro-batches weighted by
+    their share of responses add up to the whole.
     """
     mask = mask.to(logp.dtype)
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)  # (N, T), sums to 1
@@ -258,7 +262,7 @@ def policy_loss(
         "kl": mean(k3.detach()),
         "clip_fraction": mean(was_clipped.to(logp.dtype)),
         "ratio": mean(ratio.detach()),
-        "ratio_gap": mean((ratio.detach() - 1).abs()),  # but for rounding 0 before the first update
+        "ratio_gap": mean((ratio.detach() - 1).abs()),  # before a first update only rounding
     }
     return loss, statistics
 
@@ -279,28 +283,17 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     nodes = build_tree(tokens, lengths, rewards, boundaries)
     report = []
     for b in sorted(set(boundaries)):
-        sizes = [0]
-        spreads = [0.0]
-        fires = usable = False
         groups = [node.members for node in nodes if node.boundary == b]
-        if groups:
-            sizes = [len(group) for group in groups]
-            spreads = [
-                max(rewards[i] for i in group) - min(rewards[i] for i in group) for group in groups
-            ]
-        for group, spread in zip(groups, spreads):
-            if any(lengths[i] > b for i in group):
-                fires = True
-                usable = usable or spread > 0
-        report.append(
-            {
-                "position": b,
-                "fires": fires,
-                "usable": usable,
-                "group_size": fmean(sizes),
-                "reward_spread": fmean(spreads),
-            }
-        )
+        spreads = [max(rewards[i] for i in g) - min(rewards[i] for i in g) for g in groups]
+        goes_on = [any(lengths[i] > b for i in group) for group in groups]
+        fork = {
+            "position": b,
+            "fires": any(goes_on),
+            "usable": any(on and spread > 0 for on, spread in zip(goes_on, spreads)),
+            "group_size": fmean(len(group) for group in groups) if groups else 0.0,
+            "reward_spread": fmean(spreads) if groups else 0.0,
+        }
+        report.append(fork)
     return report
 
 
@@ -340,14 +333,15 @@ def _branches(pieces, rewards, nodes, members, start: int, indent: str) -> list[
     """Lines for the responses `members`, which have shown their first `start` tokens already."""
     lines = []
     pending = list(members)
-    # Groups only split as b grows: the children here are the next nodes made of pending members.
-    for depth, node in enumerate(nodes):
+    # Nodes are in order of their boundaries, and groups only split as b grows. So the first node
+    # whose members are all pending is a child here; what is inside it is left to the recursion.
+    for n, node in enumerate(nodes):
         if set(node.members) <= set(pending):
             text = "".join(pieces[node.members[0]][start : node.boundary])
             value = "" if rewards is None else f"  V={node.value:.4f}"
             size = len(node.members)
             lines.append(f"{indent}+- {text!r}  t={node.boundary}  n={size}{value}")
-            later = nodes[depth + 1 :]
+            later = nodes[n + 1 :]
             lines += _branches(pieces, rewards, later, node.members, node.boundary, indent + "|  ")
             pending = [i for i in pending if i not in node.members]
     for i in pending:

@@ -46,7 +46,9 @@ class LoRALinear(nn.Linear):
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # starts as W
+        self.lora_B = nn.Parameter(
+            torch.zeros(base.out_features, r, device=device)
+        )  # zero: starts as the base
         self.r = r
         self.alpha = alpha
         self.scale = alpha / r
@@ -173,10 +175,15 @@ def unmerge(model: nn.Module):
 
 
 def our_name(name: str) -> str:
-    """The name of a tensor or module, in any of these ways, as our modules have it."""
+    """The name of a tensor or module, in any of these ways, as our modules have it.
+
+    base_model.model.model.language_model.layers.0.x -> language_model.model.layers.0.x
+    lm_head.weight                                   -> language_model.lm_head.weight
+    """
     name = name.removeprefix("base_model.model.").removeprefix("model.")
-    name = re.sub(r"^lm_head\b", "language_model.lm_head", name)
-    return re.sub(r"^language_model\.(model\.)*(?!lm_head\b)", "language_model.model.", name)
+    if name.removeprefix("language_model.").startswith("lm_head"):
+        return "language_model." + name.removeprefix("language_model.")
+    return re.sub(r"^language_model\.(model\.)*", "language_model.model.", name)
 
 
 def transformers_name(name: str) -> str:

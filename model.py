@@ -308,8 +308,8 @@ class QFormerAttention(nn.Module):
             self.attention[name](y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name, y in (("query", x), ("key", source), ("value", source))
         )  # (B, H, S or S_source, D)
-        found = F.scaled_dot_product_attention(q, k, v)
-        return self.output(found.transpose(1, 2).flatten(2), x)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.output(out.transpose(1, 2).flatten(2), x)
 
 
 class QFormerLayer(nn.Module):
@@ -372,18 +372,18 @@ class Projector(nn.Module):
 
 
 class KVCache:
-    """Keys and values of B sequences in every layer, with room for a fixed number of positions.
+    """Keys and values of B sequences in every layer, with a fixed number of positions.
 
     Before a forward pass of S tokens, `slots` (S,) says where their keys and values go, and `end`
     how many of the positions are looked at. Both may stay what they are in a CUDA graph.
     """
 
-    def __init__(self, c: TextConfig, batch: int, room: int, device, dtype):
+    def __init__(self, c: TextConfig, batch: int, capacity: int, device, dtype):
         # Zeros, since what nobody sees yet is multiplied by 0.
-        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, room, head_dim(c))
+        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, capacity, head_dim(c))
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.slots = torch.arange(room, device=device)
-        self.end = room
+        self.slots = torch.arange(capacity, device=device)
+        self.end = capacity
 
     def update(self, layer: int, k, v):
         """Store k, v (B, H_kv, S, D) of new tokens; returns those of all, (B, H_kv, end, D)."""
@@ -395,8 +395,8 @@ class KVCache:
     def copy_prompts(self, prompts: "KVCache", K: int):
         """Begin with what `prompts` holds of P sequences, K times each."""
         length = prompts.values.shape[-2]
-        room = self.values.unflatten(2, (-1, K))  # (layers, 2, P, K, H_kv, room, D)
-        room[..., :length, :] = prompts.values[:, :, :, None]
+        by_prompt = self.values.unflatten(2, (-1, K))  # (layers, 2, P, K, H_kv, capacity, D)
+        by_prompt[..., :length, :] = prompts.values[:, :, :, None]
 
 
 def head_dim(c: TextConfig) -> int:
@@ -422,20 +422,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache: KVCache | None):  # (B, S, C) -> (B, S, C)
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or H_kv, S, D)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(self, x, cos, sin, bias, cache: KVCache | None):  # (B, S, C) -> (B, S, C)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, S, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, S, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # Fused kernels take masks but not groups. So the queries of a group's heads, which look at
-        # the same keys, stand below one another as if they were more positions of one head.
+        # Grouped queries, as enable_gqa=True, which fused kernels do not take together with a mask:
+        # the queries of a group's heads, which look at the same keys, stand below one another as if
+        # they were more positions of one head. So does bias, (B, 1, H / H_kv * S, S_kv).
         B, H, S, D = q.shape
         q = q.reshape(B, k.shape[1], -1, D)  # (B, H_kv, H / H_kv * S, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         out = out.reshape(B, H, S, D).transpose(1, 2).flatten(2)  # (B, S, H * D)
         return self.o_proj(out)
 
@@ -460,8 +460,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.residual_multiplier = c.residual_multiplier
 
-    def forward(self, x, cos, sin, mask, cache: KVCache | None):
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, bias, cache: KVCache | None):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
         x = x.add(attended, alpha=self.residual_multiplier)
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
 
@@ -487,12 +487,12 @@ class Decoder(nn.Module):
         angle = positions[:, None, :, None] * c.rope_theta**-exponent  # (B, 1, S, D / 2)
         cos = angle.cos().to(x.dtype)
         sin = angle.sin().to(x.dtype)
-        # What is added to the scores, once for each query head of a group (see Attention).
+        # What is added to the scores, repeated for each query head of a group (see Attention).
         group = c.num_attention_heads // c.num_key_value_heads
-        scores = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
-        mask = scores.repeat(1, group, 1)[:, None]  # (B, 1, group * S, S_kv)
+        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
+        bias = bias.repeat(1, group, 1)[:, None]  # (B, 1, group * S, S_kv)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            x = layer(x, cos, sin, bias, cache)
         return self.norm(x)
 
 
@@ -547,9 +547,9 @@ def nucleus(q, top_p: float):
         return q
     ordered = sort_ascending(q)
     mass = ordered.cumsum(-1)
-    # The tail may go as long as its mass is at most 1 - top_p; the first to stay comes after it.
-    first = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True)
-    least = ordered.gather(-1, first.clamp(max=q.shape[-1] - 1))
+    # How many of the least likely tokens go: as many as together have no more than 1 - top_p.
+    n_cut = torch.searchsorted(mass, mass[..., -1:] - top_p, right=True)
+    least = ordered.gather(-1, n_cut.clamp(max=q.shape[-1] - 1))  # the least likely that stays
     return q.masked_fill(q < least, 0)
 
 
@@ -611,49 +611,121 @@ class Rollout:
 
 
 class PrefixTree:
-    """The K responses to one prompt as the prefix tree they form, from tokens (K, T), lengths (K,).
+    """The K responses to one prompt as the prefix tree they form.
 
         Anna sold two hats .        (prompt) - Anna - sold - two - hats - .
         Anna sold hats .                         |       `-- hats - .
         Anna lost .                              `---- lost - .
 
-    What goes into the decoder are the inner nodes: node 0 is the prompt's end, the others are
-    tokens that something follows. What is scored are the edges: each distinct token after each
-    distinct prefix, once. A response is a path of edges.
+    A response of n tokens puts n - 1 of them into the decoder, since its last predicts nothing, and
+    has all n scored. So there are two lists, in which what responses share stands once: `inputs`,
+    the tokens that something follows (Anna, sold, two, hats, hats, lost; input 0 stands for the
+    prompt's end), and `scored`, each distinct token after each distinct prefix (all nine).
     """
 
     def __init__(self, tokens, lengths):
-        self.nodes = [0]  # the token of each inner node; node 0 has none
-        self.depths = [0]  # how many tokens of a response a node ends
-        self.parents = [0]  # of each inner node
-        self.edges = []  # (node, token) of each edge
-        self.paths = []  # K lists of edges
+        """tokens (K, T) int, lengths (K,) int, on the host."""
+        self.inputs = [0]  # the token of each input; input 0 has none
+        self.parents = [0]  # the input before each input
+        self.depths = [0]  # how many tokens of a response each input ends
+        self.scored = []  # (input, token): the token, and the input that predicts it
+        self.paths = []  # for each response, where its tokens are in `scored`
         self.width = len(tokens[0])  # T
-        edge_of = {}  # (node, token) -> edge
-        child_of = {}  # (node, token) -> node
+
+        index_of_input = {}  # by (parent, token)
+        index_of_scored = {}  # by (parent, token)
         for response, length in zip(torch.as_tensor(tokens).tolist(), lengths):
-            node = 0
+            parent = 0
             path = []
-            for t, token in enumerate(response[: int(length)]):
-                step = (node, token)
-                if step not in edge_of:
-                    edge_of[step] = len(self.edges)
-                    self.edges.append(step)
-                path.append(edge_of[step])
-                if t + 1 == length:
-                    break  # nothing follows
-                if step not in child_of:
-                    child_of[step] = len(self.nodes)
-                    self.nodes.append(token)
-                    self.parents.append(node)
+            last = int(length) - 1
+            for t, token in enumerate(response[: last + 1]):
+                key = (parent, token)
+                if key not in index_of_scored:
+                    index_of_scored[key] = len(self.scored)
+                    self.scored.append(key)
+                path.append(index_of_scored[key])
+                if t == last:
+                    break
+                if key not in index_of_input:
+                    index_of_input[key] = len(self.inputs)
+                    self.inputs.append(token)
+                    self.parents.append(parent)
                     self.depths.append(t + 1)
-                node = child_of[step]
+                parent = index_of_input[key]
             self.paths.append(path)
 
-        n = len(self.nodes)
-        self.sees = np.eye(n, dtype=bool)  # (nodes, nodes): a node sees itself and its ancestors
-        for node in range(1, n):
-            self.sees[node] |= self.sees[self.parents[node]]
+        n = len(self.inputs)
+        self.sees = np.eye(n, dtype=bool)  # (n, n): an input sees itself and its ancestors
+        for i in range(1, n):
+            self.sees[i] |= self.sees[self.parents[i]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Responses while they are sampled
+
+
+class Sampling:
+    """K responses to each of P prompts while they are sampled, as B = P * K sequences.
+
+    All tensors keep their shape and place from token to token, and nothing here waits for the
+    device: so a CUDA graph can hold a step.
+    """
+
+    def __init__(self, model: "SpeechLM", prompts: Prompts, noise, eos_id, temperature, top_p):
+        P, K, T = noise.shape
+        L = prompts.x.shape[1]
+        device = model.device
+        self.model, self.noise, self.eos_id = model, noise, eos_id
+        self.temperature, self.top_p = temperature, top_p
+        self.L, self.capacity = L, L + T
+        integers = {"dtype": torch.int64, "device": device}
+        self.rollout = Rollout(
+            tokens=torch.zeros(P, K, T, **integers),
+            lengths=torch.zeros(P, K, **integers),
+            logq=torch.zeros(P, K, T, device=device),
+            logp=torch.zeros(P, K, T, device=device),
+        )
+        self.ended = torch.zeros(P, K, dtype=torch.bool, device=device)
+        self.t = torch.zeros(1, **integers)  # how many tokens each response has
+
+        self.cache = KVCache(model.config.text_config, P * K, L + T, device, model.dtype)
+        self.last_position = prompts.positions[:, -1:].repeat_interleave(K, dim=0)  # (B, 1)
+        seen = F.pad(prompts.valid, (0, T))  # (P, L + T): the prompt, and no token yet
+        self.seen = seen.repeat_interleave(K, dim=0)[:, None]  # (B, 1, L + T)
+
+    def first_token(self, prompts: Prompts):
+        """The prompts, once each: their last hidden states give the first token of K responses."""
+        model = self.model
+        P, K = self.ended.shape
+        cache = KVCache(model.config.text_config, P, self.L, model.device, model.dtype)
+        hidden = model.language_model.model(prompts.x, prompts.positions, prompts.mask, cache)
+        self.cache.copy_prompts(cache, K)
+        self.append(hidden[:, -1:].expand(-1, K, -1))
+
+    def append(self, hidden):
+        """Draw the token that follows hidden states (P, K, C), and note what there is to note."""
+        u = self.noise.index_select(2, self.t)[..., 0]  # (P, K)
+        logits = self.model.language_model.logits(hidden)
+        token, logq, logp = draw_token(logits, u, self.temperature, self.top_p)
+        self.rollout.tokens.index_copy_(2, self.t, token[..., None])
+        self.rollout.logq.index_copy_(2, self.t, logq[..., None])
+        self.rollout.logp.index_copy_(2, self.t, logp[..., None])
+        self.rollout.lengths.add_(~self.ended)
+        self.ended.logical_or_(token == self.eos_id)
+        self.t.add_(1)
+
+    def next_token(self, end: int):
+        """One more token for every response; end: how many positions of the cache to look at."""
+        decoder = self.model.language_model.model
+        slot = self.L + self.t - 1  # (1,), where the newest token goes
+        newest = self.rollout.tokens.index_select(2, self.t - 1).view(-1, 1)  # (B, 1)
+        self.seen.index_fill_(2, slot, True)
+        self.cache.slots = slot
+        self.cache.end = end
+        x = decoder.embed_tokens(newest)  # (B, 1, C)
+        positions = self.last_position + self.t
+        hidden = decoder(x, positions, self.seen[..., :end], self.cache)
+        self.append(hidden.view(*self.ended.shape, -1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -693,13 +765,13 @@ class SpeechLM(nn.Module):
 
     def encode(self, mels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Log-mels (T, 160) -> encoder frames (T, C) each."""
-        mel, lengths = pad(mels, self.device)
+        mel, lengths = pad_ragged(mels, self.device)
         frames, _ = self.encoder(mel.to(self.projector.query.dtype), lengths)
         return [f[:n].clone() for f, n in zip(frames, lengths.tolist())]
 
     def project(self, frames: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encoder frames (T, C) -> audio embeddings (N, C_text) each."""
-        frames, lengths = pad(frames, self.device)
+        frames, lengths = pad_ragged(frames, self.device)
         audio, counts = self.projector(frames.to(self.projector.query.dtype), lengths)
         return [a[:n].clone() for a, n in zip(audio, counts.tolist())]
 
@@ -722,44 +794,44 @@ class SpeechLM(nn.Module):
     def response_logp(self, prompts: Prompts, trees: list[PrefixTree]) -> torch.Tensor:
         """Log-probabilities (P, K, T), full softmax, of the tokens of K responses to each prompt,
         given as a tree per prompt; zero past a response's end."""
+        P, L = prompts.valid.shape
         decoder = self.language_model.model
-        L = prompts.x.shape[1]
-        N = max(len(tree.nodes) for tree in trees) - 1  # node 0 is the prompt's own last token
-        T = max(tree.width for tree in trees)
-        tokens = self._padded([tree.nodes[1:] for tree in trees], N)  # (P, N)
-        depths = self._padded([tree.depths[1:] for tree in trees], N)
-
-        # One sequence for each prompt: its own tokens, then the inner nodes of its tree.
-        x = torch.cat((prompts.x, decoder.embed_tokens(tokens)), dim=1)  # (P, L + N, C)
-        last = prompts.positions[:, -1:]
-        positions = torch.cat((prompts.positions, last + depths), dim=1)
-        ancestors = np.zeros((len(trees), N, N), dtype=bool)
+        n_inputs = [len(tree.inputs) - 1 for tree in trees]  # without 0, the prompt's last token
+        N = max(n_inputs)
+        tokens = self._rectangle([tree.inputs[1:] for tree in trees], N)  # (P, N)
+        depths = self._rectangle([tree.depths[1:] for tree in trees], N)  # (P, N)
+        sees = np.zeros((P, N, N), dtype=bool)
         for p, tree in enumerate(trees):
-            n = len(tree.nodes) - 1
-            ancestors[p, :n, :n] = tree.sees[1:, 1:]
-        ancestors = torch.from_numpy(ancestors).to(self.device)
+            sees[p, : n_inputs[p], : n_inputs[p]] = tree.sees[1:, 1:]
+
+        # One sequence for each prompt: its own tokens, then the inputs of its tree.
+        x = torch.cat((prompts.x, decoder.embed_tokens(tokens)), dim=1)  # (P, L + N, C)
+        last_position = prompts.positions[:, -1:]
+        positions = torch.cat((prompts.positions, last_position + depths), dim=1)
         mask = F.pad(prompts.mask, (0, N, 0, N))  # (P, L + N, L + N)
         mask[:, L:, :L] = prompts.valid[:, None]
-        mask[:, L:, L:] = ancestors
-        hidden = decoder(x, positions, mask).flatten(0, 1)  # (P * (L + N), C)
+        mask[:, L:, L:] = torch.from_numpy(sees).to(self.device)
+        hidden = decoder(x, positions, mask)
 
-        # Node n of prompt p stands at L - 1 + n of its row; it predicts the tokens of its edges.
-        nodes, targets, paths, scored = [], [], [], 0
+        # Input i of prompt p stands at place L - 1 + i of row p, and predicts what is scored there.
+        places, targets, paths = [], [], []
+        n_scored = 0
         for p, tree in enumerate(trees):
-            row = p * (L + N) + L - 1
-            nodes += [row + node for node, _ in tree.edges]
-            targets += [token for _, token in tree.edges]
-            paths += [[scored + edge for edge in path] for path in tree.paths]
-            scored += len(tree.edges)
-        nodes, targets = torch.tensor([nodes, targets], device=self.device)
-        logp = self.token_logp(hidden[nodes], targets)  # (edges,)
-        logp = F.pad(logp, (0, 1))  # the last place holds the 0 of what is past a response's end
-        return logp[self._padded(paths, T, scored)].unflatten(0, (len(trees), -1))
+            start = p * (L + N) + L - 1
+            places += [start + i for i, _ in tree.scored]
+            targets += [token for _, token in tree.scored]
+            paths += [[n_scored + i for i in path] for path in tree.paths]
+            n_scored += len(tree.scored)
+        predicting = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)]
+        logp = self.token_logp(predicting, torch.tensor(targets, device=self.device))
+        logp = F.pad(logp, (0, 1))  # one more place, for the zeros past a response's end
+        T = max(tree.width for tree in trees)
+        return logp[self._rectangle(paths, T, fill=n_scored)].unflatten(0, (P, -1))
 
-    def _padded(self, rows: list[list[int]], width: int, value: int = 0) -> torch.Tensor:
-        """Ragged rows -> (rows, width), filled up with value."""
-        full = [row + [value] * (width - len(row)) for row in rows]
-        return torch.tensor(full, dtype=torch.int64, device=self.device)
+    def _rectangle(self, rows: list[list[int]], width: int, fill: int = 0) -> torch.Tensor:
+        """Ragged rows -> (rows, width) on the device."""
+        filled = [row + [fill] * (width - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=torch.int64, device=self.device)
 
     def token_logp(self, hidden, tokens, max_logits: int = 2**25):
         """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict.
@@ -795,6 +867,7 @@ class SpeechLM(nn.Module):
         graph = None
         with lora_rounded(self):
             state = Sampling(self, prompts, noise, eos_id, temperature, top_p)
+            state.first_token(prompts)
             for n in range(1, T):
                 # The CPU looks for the end after every token; a GPU would have to be waited for,
                 # and a few tokens too many cost less.
@@ -803,10 +876,12 @@ class SpeechLM(nn.Module):
                 if graph is not None:
                     graph.replay()
                 elif on_gpu and self.cuda_graph:
-                    state.next_token(state.room)  # shapes in a graph never change
+                    # One step to warm up, then one that is recorded and not run. Shapes in a graph
+                    # never change, so both look at the whole cache.
+                    state.next_token(state.capacity)
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):  # records and does not run: the next token's step
-                        state.next_token(state.room)
+                    with torch.cuda.graph(graph):
+                        state.next_token(state.capacity)
                 else:
                     state.next_token(state.L + n)
         return state.rollout
@@ -847,69 +922,7 @@ class SpeechLM(nn.Module):
             raise ValueError(f"{file} {problem}") from None
 
 
-class Sampling:
-    """K responses to each of P prompts while they are sampled, as B = P * K sequences.
-
-    All tensors keep their shape and place from token to token, and nothing here waits for the
-    device: so a CUDA graph can hold a step.
-    """
-
-    def __init__(self, model: SpeechLM, prompts: Prompts, noise, eos_id, temperature, top_p):
-        P, K, T = noise.shape
-        L = prompts.x.shape[1]
-        device = model.device
-        self.model, self.noise, self.eos_id = model, noise, eos_id
-        self.temperature, self.top_p = temperature, top_p
-        self.L, self.room = L, L + T
-        integers = {"dtype": torch.int64, "device": device}
-        self.rollout = Rollout(
-            tokens=torch.zeros(P, K, T, **integers),
-            lengths=torch.zeros(P, K, **integers),
-            logq=torch.zeros(P, K, T, device=device),
-            logp=torch.zeros(P, K, T, device=device),
-        )
-        self.ended = torch.zeros(P, K, dtype=torch.bool, device=device)
-        self.t = torch.zeros(1, **integers)  # how many tokens each response has
-
-        # The prompts, once each; their last hidden states give the first token of K responses.
-        text = model.config.text_config
-        prompt_cache = KVCache(text, P, L, device, model.dtype)
-        decoder = model.language_model.model
-        hidden = decoder(prompts.x, prompts.positions, prompts.mask, prompt_cache)
-        self.cache = KVCache(text, P * K, self.room, device, model.dtype)
-        self.cache.copy_prompts(prompt_cache, K)
-        self.last_position = prompts.positions[:, -1:].repeat_interleave(K, dim=0)  # (B, 1)
-        seen = F.pad(prompts.valid, (0, T))  # (P, L + T): the prompt, and no token yet
-        self.seen = seen.repeat_interleave(K, dim=0)[:, None]  # (B, 1, L + T)
-        self.append(hidden[:, -1:].expand(-1, K, -1))
-
-    def append(self, hidden):
-        """Draw the token that follows hidden states (P, K, C), and note what there is to note."""
-        u = self.noise.index_select(2, self.t)[..., 0]  # (P, K)
-        logits = self.model.language_model.logits(hidden)
-        token, logq, logp = draw_token(logits, u, self.temperature, self.top_p)
-        self.rollout.tokens.index_copy_(2, self.t, token[..., None])
-        self.rollout.logq.index_copy_(2, self.t, logq[..., None])
-        self.rollout.logp.index_copy_(2, self.t, logp[..., None])
-        self.rollout.lengths.add_(~self.ended)
-        self.ended.logical_or_(token == self.eos_id)
-        self.t.add_(1)
-
-    def next_token(self, end: int):
-        """One more token for every response; end: how many positions of the cache to look at."""
-        decoder = self.model.language_model.model
-        slot = self.L + self.t - 1  # (1,), where the newest token goes
-        newest = self.rollout.tokens.index_select(2, self.t - 1).view(-1, 1)  # (B, 1)
-        self.seen.index_fill_(2, slot, True)
-        self.cache.slots = slot
-        self.cache.end = end
-        x = decoder.embed_tokens(newest)  # (B, 1, C)
-        positions = self.last_position + self.t
-        hidden = decoder(x, positions, self.seen[..., :end], self.cache)
-        self.append(hidden.view(*self.ended.shape, -1))
-
-
-def pad(tensors: list[torch.Tensor], device):
+def pad_ragged(tensors: list[torch.Tensor], device):
     """Ragged (n, ...) tensors -> (B, n_max, ...) with zeros, lengths (B,)."""
     lengths = torch.tensor([len(tensor) for tensor in tensors], device=device)
     padded = [tensor.to(device) for tensor in tensors]

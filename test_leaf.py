@@ -920,8 +920,8 @@ def test_shared_prompt_is_the_same_as_each_response_alone(padding, adapted):
 
 
 def test_a_prefix_tree_has_every_distinct_prefix_once():
-    """Of 1000 random groups, against the sets of their prefixes: inner nodes are those that
-    something follows, edges all but the empty one; paths and parents spell the responses."""
+    """Of 1000 random groups, against the sets of their prefixes: inputs are those that
+    something follows, scored are all but the empty one; paths and parents spell the responses."""
     rng = random.Random(3)
     for _ in range(1000):
         responses, tokens, lengths, _, _ = random_group(rng)
@@ -930,16 +930,16 @@ def test_a_prefix_tree_has_every_distinct_prefix_once():
         followed = {tuple(o[:t]) for o in responses for t in range(len(o))} | {()}
 
         spelled = [()]  # of each node, by its parent, which comes before it
-        for token, parent in zip(tree.nodes[1:], tree.parents[1:], strict=True):
+        for token, parent in zip(tree.inputs[1:], tree.parents[1:], strict=True):
             spelled.append((*spelled[parent], token))
         assert len(spelled) == len(set(spelled)) and set(spelled) == followed
         assert tree.depths == [len(prefix) for prefix in spelled]
-        ends = [(*spelled[node], token) for node, token in tree.edges]  # of each edge
+        ends = [(*spelled[node], token) for node, token in tree.scored]  # of each that is scored
         assert len(ends) == len(set(ends)) and set(ends) == prefixes
         assert tree.width == tokens.shape[1]
 
         for response, path in zip(responses, tree.paths, strict=True):
-            assert [ends[edge] for edge in path] == [
+            assert [ends[i] for i in path] == [
                 tuple(response[:t]) for t in range(1, len(response) + 1)
             ]
         for prefix, sees in zip(spelled, tree.sees.tolist(), strict=True):
@@ -947,14 +947,14 @@ def test_a_prefix_tree_has_every_distinct_prefix_once():
 
 
 def test_the_drawn_prefix_tree():
-    """The one in PrefixTree's docstring: 9 edges for 12 tokens, and 6 inner nodes."""
+    """The one in PrefixTree's docstring: 9 scored of 12 tokens, and 6 inputs."""
     words = ["Anna sold two hats .".split(), "Anna sold hats .".split(), "Anna lost .".split()]
     ids = {word: i for i, word in enumerate(sorted(set(sum(words, []))))}
     tree = PrefixTree(*pad_responses([[ids[word] for word in o] for o in words]))
     names = sorted(ids)
-    assert [names[i] for i in tree.nodes[1:]] == "Anna sold two hats hats lost".split()
+    assert [names[i] for i in tree.inputs[1:]] == "Anna sold two hats hats lost".split()
     assert tree.parents[1:] == [0, 1, 2, 3, 2, 1] and tree.depths[1:] == [1, 2, 3, 4, 3, 2]
-    assert tree.paths == [[0, 1, 2, 3, 4], [0, 1, 5, 6], [0, 7, 8]] and len(tree.edges) == 9
+    assert tree.paths == [[0, 1, 2, 3, 4], [0, 1, 5, 6], [0, 7, 8]] and len(tree.scored) == 9
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -997,7 +997,7 @@ def test_what_is_shared_is_computed_once(share, monkeypatch):
     trees = make_trees(tokens, lengths)
     logp = model.response_logp(prompts, trees)
     assert seen == [(3, 11 + max(inner), 24)] and made == [scored]
-    assert [len(tree.nodes) - 1 for tree in trees] == inner
+    assert [len(tree.inputs) - 1 for tree in trees] == inner
     assert sum(inner) < int((lengths - 1).sum())
     for i, k in itertools.product(range(3), range(5)):
         n = lengths[i, k]
@@ -2231,7 +2231,7 @@ def load_policy(first_run, out, flags):
     train.adapt(cfg, model)
     splits = {name: data.Split(name, rows, 1.0) for name, rows in train.load_rows(cfg).items()}
     for split in splits.values():
-        split.project(model, tokenizer)
+        split.hear(model, tokenizer)
     return cfg, model, tokenizer, splits["train"], splits["validation"], out
 
 

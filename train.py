@@ -51,7 +51,7 @@ from lora import (
     lora_parameters,
     save_adapter,
 )
-from model import PrefixTree, SpeechConfig, SpeechLM, pad
+from model import PrefixTree, SpeechConfig, SpeechLM, pad_ragged
 
 try:
     import resource  # memory used, on systems that have it
@@ -84,8 +84,8 @@ class Config:
     base_seed: int = flag(0, "seed of the base model and of the synthetic data", least=0)
     ctc_steps: int = flag(120, "steps of CTC training of the encoder")
     sft_steps: int = flag(400, "steps of next-token training of projector and decoder")
-    base_lr: float = flag(3e-3, "peak learning rate of both")
-    base_batch: int = flag(32, "rows per step of both")
+    base_lr: float = flag(3e-3, "peak learning rate of CTC and next-token training")
+    base_batch: int = flag(32, "rows per step of CTC and next-token training")
 
     algo: str = flag("leaf", "the method", ("leaf", "grpo"), group="policy optimisation")
     steps: int = flag(400, "rollout batches")
@@ -98,8 +98,8 @@ class Config:
     clip: float = flag(0.2, "epsilon of the clipped ratio")
     kl_coef: float = flag(0.02, "beta, weight of the KL to the base")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    temperature: float = flag(1.0, "of the rollouts")
-    top_p: float = flag(0.9, "of the rollouts")
+    temperature: float = flag(1.0, "sampling temperature of the rollouts")
+    top_p: float = flag(0.9, "rollouts sample from the likeliest tokens of this mass")
     max_new_tokens: int = flag(32, "longest response (paper: 200)")
     rescore: bool = flag(False, "old log-probabilities by a forward pass instead of the sampler's")
 
@@ -108,27 +108,27 @@ class Config:
     multiplicity: bool = flag(True, "LEAF: divide a span's credit by the root of how many share it")
     std_floor: float = flag(1 / 3, "GRPO: least std to divide by (the authors' 1/3; 0: plain GRPO)")
 
-    lora_r: int = flag(16, "rank (paper: 64)", group="LoRA")
-    lora_alpha: float = flag(32.0, "scale is alpha / r (paper: 128)")
-    lora_dropout: float = flag(0.0, "in the update's forward pass only (paper: 0.05)")
-    lora_targets: str = flag("decoder", "its 7 projections; or last names, q_proj,up_proj,...")
-    resume_adapter: str = flag("", "folder of a PEFT adapter to go on from, with its own settings")
+    lora_r: int = flag(16, "rank r (paper: 64)", group="LoRA")
+    lora_alpha: float = flag(32.0, "the update is scaled by alpha / r (paper: 128)")
+    lora_dropout: float = flag(0.0, "dropout, in updates only (paper: 0.05)")
+    lora_targets: str = flag("decoder", "the decoder's 7 projections; or names, q_proj,up_proj,...")
+    resume_adapter: str = flag("", "go on from this PEFT adapter; the KL stays that to the base")
 
     eval_every: int = flag(50, "steps between validations; 0: never", least=0, group="evaluation")
     eval_passes: int = flag(5, "sampled passes over the test split, temperature 0.9 and top-p 0.9")
 
-    seed: int = flag(0, "of rollouts, data order and LoRA", least=0, group="the run")
+    seed: int = flag(0, "seed of rollouts, data order and LoRA", least=0, group="the run")
     out: str = flag("", "run folder; default: runs/TASK-ALGO-seedN")
     save_every: int = flag(50, "steps between checkpoints")
     device: str = flag("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "auto: bfloat16 on CUDA that has it", ("auto", "float32", "bfloat16"))
-    cuda_graph: bool = flag(True, "on CUDA, replay a recorded decoding step; not kernel by kernel")
+    cuda_graph: bool = flag(True, "on CUDA, record one decoding step and replay it")
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")
 
     # May change between a run and its resumption; everything else is what the run is.
     FREE = "out init base data save_every device cuda_graph cache_gb micro_prompts".split()
     # What the base model depends on.
-    BASE = "task base_seed ctc_steps sft_steps base_lr base_batch".split()
+    BASE = "task base_seed ctc_steps sft_steps base_lr base_batch warmup grad_clip".split()
 
     @property
     def name(self) -> str:
@@ -177,14 +177,13 @@ def train_policy(
 ):
     """Train LoRA, or the named `parameters`, by LEAF or GRPO.
 
-    credit: the rule, of the form of `credit` above; reference(model): a context in which the model
-    is the one that the KL is measured to.
+    credit: the rule, a named function of the form of `credit` above. reference(model): a context
+    in which the model is what the KL is measured to; to be given where parameters are not LoRA's.
     """
     parameters = parameters or lora_parameters(model)
     updater = Updater(parameters.values(), cfg.grad_clip)
     updates = cfg.prompts // cfg.update_prompts  # per step
-    share = slice(rank(), None, world())  # this process's prompts: r, r + N, ... of every update
-    own_prompts = cfg.update_prompts // world()  # of an update
+    own_prompts = cfg.update_prompts // world()  # of an update: those of this process
     rule = getattr(credit, "__name__", type(credit).__name__)
     log = Log("policy", folder, cfg.steps, parameters, updater.adam, cfg.save_every, rule, world())
     with log:
@@ -194,10 +193,8 @@ def train_policy(
 
             # Rollouts: K responses to each prompt, from the model as it is; LoRA on, dropout off.
             model.eval()
-            places = list(range(step * cfg.prompts, (step + 1) * cfg.prompts))[share]
-            order = data.order(len(train.rows), [cfg.seed, 4], step * cfg.prompts, cfg.prompts)
-            indices = order[share]  # P rows of the training split
-            u = data.noise([cfg.seed, 5], places, cfg.responses, cfg.max_new_tokens, model.device)
+            numbers, indices = draw_prompts(cfg, step, len(train.rows))  # P of each
+            u = data.noise([cfg.seed, 5], numbers, cfg.responses, cfg.max_new_tokens, model.device)
             with torch.no_grad():
                 prompts = train.prompts(model, indices)
             rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
@@ -214,22 +211,22 @@ def train_policy(
 
             # Credit: per prompt, from the tree that its own responses form.
             advantages, forks = [], []
-            groups = zip(on_host.tokens, on_host.lengths, -on_host.logq, rewards)
-            for tokens, lengths, surprisal, group_rewards in groups:
-                group_credit, boundaries = credit(cfg, tokens, lengths, surprisal, group_rewards)
-                advantages.append(group_credit)
-                forks += leaf.fork_stats(tokens, lengths, group_rewards, boundaries)
+            surprisal = -on_host.logq
+            for p in range(len(indices)):
+                tokens, lengths = on_host.tokens[p], on_host.lengths[p]
+                given, boundaries = credit(cfg, tokens, lengths, surprisal[p], rewards[p])
+                advantages.append(given)
+                forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
             advantages = torch.stack(advantages).to(model.device)  # (P, K, T)
             credited = time.perf_counter()
 
             # Reference: log-probabilities under the base, of what was sampled.
             trees = [PrefixTree(*group) for group in zip(on_host.tokens, on_host.lengths)]
-            with torch.no_grad(), reference(model):
+            with reference(model):
                 ref_logp = score(cfg, model, train, indices, trees)
             old_logp = rollout.logp
-            if cfg.rescore:
-                with torch.no_grad():
-                    old_logp = score(cfg, model, train, indices, trees)
+            if cfg.rescore:  # still without dropout
+                old_logp = score(cfg, model, train, indices, trees)
 
             # Updates: some prompts per optimiser step, fewer per forward pass.
             for layer in lora_layers(model).values():
@@ -238,11 +235,12 @@ def train_policy(
             for n in range(updates):
                 parts = []
                 for at in micro_batches(n * own_prompts, (n + 1) * own_prompts, cfg.micro_prompts):
-                    logp = score(cfg, model, train, indices[at], trees[at])  # (p, K, T)
+                    prompts = train.prompts(model, indices[at])
+                    logp = model.response_logp(prompts, trees[at])  # (p, K, T)
                     batch = (logp, old_logp[at], ref_logp[at], advantages[at], rollout.mask[at])
                     flat = [x.flatten(0, 1) for x in batch]  # (p * K, T)
                     loss, part = leaf.policy_loss(*flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
-                    weight = len(logp) / own_prompts  # the loss is a mean over the responses
+                    weight = len(logp) / own_prompts  # its share of the update's responses
                     (loss * weight).backward()
                     parts.append({name: weight * value for name, value in part.items()})
                 average([p.grad for p in parameters.values()])
@@ -252,7 +250,8 @@ def train_policy(
                 sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
                 statistics.append({**sums, "grad_norm": grad_norm, "lr": lr})
 
-            # What there is to see.
+            # What there is to see: metrics, and now and then the validation split.
+            model.eval()
             seconds = time.perf_counter() - began
             metrics = {k: float(np.mean([s[k] for s in statistics])) for k in statistics[0]}
             metrics |= leaf.group_stats(rewards, forks)
@@ -264,15 +263,28 @@ def train_policy(
                 "credit_share": (credited - rewarded) / seconds,
                 "tokens_per_second": world() * int(on_host.lengths.sum()) / seconds,
             }
-            validated = {}
-            if rank() == 0 and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-                validated["validation_bleu"] = greedy_bleu(model.eval(), tokenizer, validation, cfg)
-            log.record(step, metrics, validated)
-    model.eval()
+            validation_bleu = {}
+            if validation and rank() == 0 and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+                bleu = greedy_bleu(model, tokenizer, validation, cfg)
+                validation_bleu = {"validation_bleu": bleu}
+            log.record(step, metrics, validation_bleu)
 
 
+def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int]]:
+    """This process's prompts of a step: r, r + N, ... of its rollout batch.
+
+    Returns their numbers in the endless sequence of prompts, which key the noise (a row that comes
+    again gets other noise), and their rows in the training split.
+    """
+    start = step * cfg.prompts
+    own = slice(rank(), None, world())
+    numbers = list(range(start, start + cfg.prompts))[own]
+    return numbers, data.order(rows, [cfg.seed, 4], start, cfg.prompts)[own]
+
+
+@torch.no_grad()
 def score(cfg: Config, model: SpeechLM, split: data.Split, indices, trees) -> torch.Tensor:
-    """Log-probabilities (P, K, T) of responses as prefix trees, micro-batch by micro-batch.
+    """Log-probabilities (P, K, T) of responses, without gradients, micro-batch by micro-batch.
 
     Prompts are embedded anew, since an encoder with LoRA hears them as it is at this moment.
     """
@@ -381,7 +393,7 @@ def train_ctc(cfg: Config, model: SpeechLM, train: data.Split, transcripts, fold
             start = step * cfg.base_batch
             order = data.order(len(spoken), [cfg.base_seed, 1], start, cfg.base_batch)
             rows = [spoken[i] for i in order]
-            mel, lengths = pad(train.mels(rows), model.device)  # (B, T, 160), (B,)
+            mel, lengths = pad_ragged(train.mels(rows), model.device)  # (B, T, 160), (B,)
             frames, middle_logits = encoder(mel, lengths)
             labels = torch.cat([torch.tensor(transcripts[i]) for i in rows]).to(model.device)
             label_lengths = torch.tensor([len(transcripts[i]) for i in rows])
@@ -405,7 +417,7 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
     trained = [model.projector, model.language_model]
     if freeze_encoder:
         model.encoder.eval().requires_grad_(False)
-        train.encode(model)
+        kept_frames = train.cache("encoding", lambda rows: model.encode(train.mels(rows)))
     else:
         trained.append(model.encoder)
     updater = Updater([p for module in trained for p in module.parameters()], cfg.grad_clip)
@@ -417,8 +429,9 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
         for step in range(log.start, cfg.sft_steps):
             start = step * cfg.base_batch
             rows = data.order(len(answers), [cfg.base_seed, 2], start, cfg.base_batch)
-            frames = train.frames(rows) if freeze_encoder else model.encode(train.mels(rows))
-            prompts = model.embed_prompts([prompt_ids[i] for i in rows], model.project(frames))
+            frames = kept_frames(rows) if freeze_encoder else model.encode(train.mels(rows))
+            audio = model.project(frames)
+            prompts = model.embed_prompts([prompt_ids[i] for i in rows], audio)
             logp = model.response_logp(prompts, [trees[i] for i in rows])  # (B, 1, T), 0 past ends
             loss = -logp.sum() / sum(answers[i].numel() for i in rows)
             loss.backward()
@@ -482,6 +495,8 @@ def adapt(cfg: Config, model: SpeechLM):
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
+EVALUATION_BATCH = 64  # rows answered together
+
 
 @torch.no_grad()
 def answer(
@@ -496,8 +511,8 @@ def answer(
 ) -> list[str]:
     """One response to each row; audio_of: the row whose audio each hears instead of its own."""
     texts = []
-    for start in range(0, len(split.rows), 64):
-        indices = list(range(start, min(len(split.rows), start + 64)))
+    for start in range(0, len(split.rows), EVALUATION_BATCH):
+        indices = list(range(start, min(len(split.rows), start + EVALUATION_BATCH)))
         heard = [audio_of[i] for i in indices] if audio_of else None
         prompts = split.prompts(model, indices, heard)
         u = data.noise(list(seed), indices, 1, cfg.max_new_tokens, model.device)
@@ -579,7 +594,7 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
     rows = load_rows(cfg, ("test",))["test"]
     model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     split = data.Split("test", rows, cfg.cache_gb)
-    split.project(model, tokenizer)
+    split.hear(model, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     figures = folder / f"evaluation-{cfg.name}.json"
     answers = folder / f"predictions-{cfg.name}.jsonl"
@@ -629,7 +644,7 @@ class Log:
             total=self.steps, initial=self.start, desc=self.stage, disable=disable, mininterval=0.5
         )
         stops = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.note) for number in stops}
+        self.handlers = {number: signal.signal(number, self.ask_to_stop) for number in stops}
         return self
 
     def __exit__(self, *error):
@@ -638,14 +653,14 @@ class Log:
         self.bar.close()
         self.file.close()
 
-    def note(self, number, frame):
+    def ask_to_stop(self, number, frame):
         if self.stop_signals:
             raise SystemExit(128 + number)
         self.stop_signals.append(number)
 
-    def record(self, step: int, metrics: dict[str, float], own: dict[str, float] | None = None):
-        """Log a step that is done: the mean of the processes' metrics and what is this one's own;
-        save when it is time, or when somebody was asked to stop, and stop then."""
+    def record(self, step: int, metrics: dict[str, float], validation=None):
+        """Log a step that is done: the mean of the processes' metrics, and figures of validation
+        where there are any. Save when it is time, or when somebody was asked to stop, and stop."""
         stopping = len(self.stop_signals)
         if self.processes > 1:  # all stop, or the others would wait for ever
             values = torch.tensor([*metrics.values(), stopping], dtype=torch.float64)
@@ -653,13 +668,13 @@ class Log:
             average([values])
             *means, stopping = values.tolist()
             metrics = dict(zip(metrics, means))
-        metrics = metrics | (own or {})
+        metrics = metrics | (validation or {})
         self.file.write(json.dumps({"step": step + 1, **metrics}) + "\n")
         self.file.flush()
         shown = [name for name in ("loss", "reward", "kl") if name in metrics]
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
         self.bar.update()
-        if own:
+        if validation:
             tqdm.write(VALIDATION.format(step=step + 1, **metrics))
         done = step + 1
         if self.writes and (done % self.save_every == 0 or done == self.steps or stopping):
@@ -702,7 +717,7 @@ def save_checkpoint(folder: Path, step: int, named, optimizer, rule: str = ""):
 def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
     """Restore the newest complete checkpoint; returns its step, 0 where there is none."""
     for leftover in folder.glob("saving-*"):  # a save that was killed
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # another process may be faster
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0
@@ -727,8 +742,8 @@ def check_same(folder: Path, settings: dict, file: str):
     """A folder belongs to one configuration, which is in `file`: a new folder takes the settings,
     any other is refused unless they are the same. Raises UserError with the difference."""
     path = folder / file
-    nothing_done = {file, "lock", "tokenizer.model"}
-    if {entry.name for entry in folder.iterdir()} <= nothing_done:
+    before_training = {file, file + ".tmp", "lock", "tokenizer.model"}
+    if {entry.name for entry in folder.iterdir()} <= before_training:
         write_json(path, settings)
         return
     there = read_json(path)
@@ -817,8 +832,7 @@ def average(tensors: list[torch.Tensor]):
 
 def seed_dropout(seed: int, step: int):
     """Dropout's random numbers, keyed by step and process: a resumed run repeats them."""
-    key = [seed, step, rank()] if rank() else [seed, step]
-    torch.manual_seed(int(np.random.default_rng(key).integers(2**31)))
+    torch.manual_seed(int(np.random.default_rng([seed, step, rank()]).integers(2**31)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -846,12 +860,30 @@ def finished(folder: Path, given: dict) -> Config:
     """The configuration of the finished run in a folder, with its adapter, and what was given."""
     if not (folder / "results.json").exists():
         raise UserError(f"{folder} holds no finished run: name one, or train it first")
-    saved = read_json(folder / "config.json")
+    saved = read_json(folder / "config.json")  # without paths; those that matter follow
     kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     kept["data"] = read_json(folder / "results.json")["config"]["data"]
     kept["base"] = os.path.normpath(folder / saved["base"])
     own_adapter = {"resume_adapter": str(folder / "adapter")}  # its own, wherever it began
     return Config(**(kept | given | own_adapter))
+
+
+def evaluated(given: dict) -> Config:
+    """What --eval-only means: the finished run in --out; or --init or --base as they are, in a
+    folder of their own."""
+    cfg = Config(**given)
+    folder = cfg.run_folder
+    if not (cfg.init or cfg.base):
+        return finished(folder, given)
+    if not cfg.out:
+        cfg.out = f"runs/{cfg.name}-{cfg.base_folder.resolve().name}-evaluation"
+        folder = cfg.run_folder
+    if (folder / "results.json").exists():
+        return finished(folder, given)
+    if (folder / "config.json").exists():
+        unfinished = "holds an unfinished run: train it to its end, or choose another --out"
+        raise UserError(f"{folder} {unfinished}")
+    return cfg
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -888,17 +920,7 @@ def parse(argv) -> tuple[Config, bool]:
     eval_only = given.pop("eval_only", False)
     if given.get("init") and given.get("base"):
         parser.error("--init and --base exclude each other")
-    cfg = Config(**given)
-    if eval_only:
-        starts_elsewhere = bool(cfg.init or cfg.base)
-        if starts_elsewhere and not cfg.out:  # a checkpoint is meant: it gets a folder of its own
-            cfg.out = f"runs/{cfg.name}-{cfg.base_folder.resolve().name}-evaluation"
-        is_run = (cfg.run_folder / "results.json").exists() or not starts_elsewhere
-        if not is_run and (cfg.run_folder / "config.json").exists():
-            unfinished = "holds an unfinished run: train it to its end, or choose another --out"
-            raise UserError(f"{cfg.run_folder} {unfinished}")
-        if is_run:
-            cfg = finished(cfg.run_folder, given)
+    cfg = evaluated(given) if eval_only else Config(**given)
     check_flags(parser, cfg)
     return cfg, eval_only
 
@@ -910,6 +932,8 @@ def check_flags(parser: argparse.ArgumentParser, cfg: Config):
             parser.error(f"{f.name} must be at least {f.metadata['least']}, not {value}")
         if type(f.default) is float and not 0 <= value < math.inf:
             parser.error(f"{f.name} must be a number from 0 up, not {value}")
+    if cfg.grad_clip == 0:
+        parser.error("grad_clip must be above 0, or no gradient is left")
     if cfg.warmup >= 1 or cfg.lora_dropout >= 1:
         given = f"{cfg.warmup} and {cfg.lora_dropout}"
         parser.error(f"warmup and lora_dropout must be below 1, not {given}")
@@ -957,7 +981,7 @@ def main(argv=None):
 
 
 def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float):
-    """The story itself, in a run folder that is ours alone."""
+    """Base, before, training, after; in a run folder that is ours alone."""
     folder = cfg.run_folder
     base_folder = cfg.base_folder
     settings = {name: value for name, value in asdict(cfg).items() if name not in Config.FREE}
@@ -991,7 +1015,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     targets = adapt(cfg, model)
     hearing_is_frozen = all(name.startswith("language_model.") for name in lora_layers(model))
     for split in splits.values():
-        split.project(model, tokenizer, hearing_is_frozen)
+        split.hear(model, tokenizer, hearing_is_frozen)
 
     # Measure it.
     if rank() == 0:

@@ -1,4 +1,5 @@
-"""One short script per real corpus; each writes a folder of JSON Lines manifests. Here is what they share."""
+"""One short script per real corpus; each writes a folder of JSON Lines manifests. Here is what they
+share."""
 
 import hashlib
 import json
@@ -20,18 +21,24 @@ def refuse(message):
 
 
 def locate(folder, inner, names):
-    """The folder that holds `names`: `folder`, or the folder `inner` in it, whichever of the two the user named."""
+    """The folder that holds `names`: `folder`, or the folder `inner` in it, whichever of the two
+    the user named."""
     place = folder / inner if (folder / inner).is_dir() else folder
     if not all((place / name).exists() for name in names):
-        there = sorted(path.name for path in place.iterdir()) if place.is_dir() else ["no such folder"]
+        there = ["no such folder"]
+        if place.is_dir():
+            there = sorted(path.name for path in place.iterdir())
         found = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "nothing"
         refuse(f"{place}: expected {' and '.join(names)} in it, found {found}")
     return place.resolve()
 
 
 def wording(split, wordings, text):
-    """A row's prompt: the first wording in the test split, elsewhere the one that a hash of the row's text picks."""
-    return wordings[0 if split == "test" else hashlib.sha256(text.encode()).digest()[0] % len(wordings)]
+    """A row's prompt: the first wording in the test split, elsewhere the one that a hash of the
+    row's text picks."""
+    if split == "test":
+        return wordings[0]
+    return wordings[hashlib.sha256(text.encode()).digest()[0] % len(wordings)]
 
 
 def shuffled(rows):
@@ -41,7 +48,8 @@ def shuffled(rows):
 
 @contextmanager
 def new_corpus(out):
-    """A dict to fill with {split: rows}, written as the folder `out` in the end: whole, or not at all."""
+    """A dict to fill with {split: rows}, written as the folder `out` in the end: whole, or not at
+    all."""
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         refuse(f"{out} is there already and not empty: remove it or choose another --out")

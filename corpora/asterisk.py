@@ -1,21 +1,24 @@
-"""Real speech for LEAF from the Asterisk telephone prompts: spoken questions and speech translation.
+"""Real speech for LEAF from the Asterisk telephone prompts: spoken questions and speech
+translation.
 
     apt-get install asterisk-core-sounds-{en,fr,es,it,ru}-wav asterisk-core-sounds-{en,fr,es}
     python -m corpora.asterisk --out data/asterisk
 
-Studio recordings of single words (numbers, days, months, letters) in five languages, one voice each, are strung into
-utterances of about 1.5 to 5 seconds: a few hundred recordings, but thousands of combinations, so a small model can
-learn them from scratch and still has to listen. The folder gets {train,validation,test}.jsonl, README.md and
-audio/*.flac (16 kHz mono). Of the rows, 45% ask about English speech, 45% ask for the English translation of French,
-Spanish, Italian or Russian, and 10% are whole recorded sentences (en, fr, es) to be written down.
+Studio recordings of single words (numbers, days, months, letters) in five languages, one voice
+each, are strung into utterances of about 1.5 to 5 seconds: a few hundred recordings, but thousands
+of combinations, so a small model can learn them from scratch and still has to listen. The folder
+gets {train,validation,test}.jsonl, README.md and audio/*.flac (16 kHz mono). Of the rows, 45% ask
+about English speech, 45% ask for the English translation of French, Spanish, Italian or Russian,
+and 10% are whole recorded sentences (en, fr, es) to be written down.
 
-Every composed answer has words that must be heard (`slots`) and words that are a matter of taste: determiner, noun,
-verb, order. In `target`, which supervised training teaches, taste is drawn at random nine times in ten; in `reference`,
-which the reward compares with, it is a fixed function of what was heard. A supervised model learns to hear and to
-speak, but not which wording is rewarded: that is left for reinforcement learning.
+Every composed answer has words that must be heard (`slots`) and words that are a matter of taste:
+determiner, noun, verb, order. In `target`, which supervised training teaches, taste is drawn at
+random nine times in ten; in `reference`, which the reward compares with, it is a fixed function of
+what was heard. A supervised model learns to hear and to speak, but not which wording is rewarded:
+that is left for reinforcement learning.
 
-Held out: a composed content (Tuesday, March, third) lies in one split only, whatever its language; a recorded sentence
-lies in one split only, together with every other recording of the same words.
+Held out: a composed content (Tuesday, March, third) lies in one split only, whatever its language;
+a recorded sentence lies in one split only, together with every other recording of the same words.
 """
 
 import argparse
@@ -34,81 +37,139 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-SAMPLE_RATE = 16000                                     # Hz, of what is written
-SOURCE_RATE = 8000                                      # Hz, of the packages' recordings
+SAMPLE_RATE = 16000  # Hz, of what is written
+SOURCE_RATE = 8000  # Hz, of the packages' recordings
 SPLITS = ("train", "validation", "test")
-HELD_OUT = {"test": 0.14, "validation": 0.07}           # share of all contents that only this split may use
-VOICES = {"en": "en_US_f_Allison", "fr": "fr_CA_f_June", "es": "es_MX_f_Allison",
-          "it": "it_IT_m_Carlo", "ru": "ru_RU_f_IvrvoiceRU"}
+# Share of all contents that only this split may use.
+HELD_OUT = {"test": 0.14, "validation": 0.07}
+VOICES = {
+    "en": "en_US_f_Allison",
+    "fr": "fr_CA_f_June",
+    "es": "es_MX_f_Allison",
+    "it": "it_IT_m_Carlo",
+    "ru": "ru_RU_f_IvrvoiceRU",
+}
 NAMES = {"en": "English", "fr": "French", "es": "Spanish", "it": "Italian", "ru": "Russian"}
-TRANSCRIBED = ("en", "fr", "es")                        # whose recorded sentences are used
+# Languages whose recorded sentences are used.
+TRANSCRIBED = ("en", "fr", "es")
 TRANSCRIPT = "asterisk-core-sounds-{0}/core-sounds-{0}.txt.gz"
 
 # Rows per group, in percent: 45 of English questions, 45 of translation, 10 of recorded sentences.
-MIX = {"en-date": 9, "en-time": 9, "en-number": 9, "en-spelling": 9, "en-sequence-question": 9,
-       **{f"{language}-{kind}": 45 / 8 for language in ("fr", "es", "it", "ru") for kind in ("date", "time")},
-       "prompts-en": 4, "prompts-fr": 3, "prompts-es": 3}
+MIX = {
+    "en-date": 9,
+    "en-time": 9,
+    "en-number": 9,
+    "en-spelling": 9,
+    "en-sequence-question": 9,
+    **{f"{name}-{kind}": 45 / 8 for name in ("fr", "es", "it", "ru") for kind in ("date", "time")},
+    "prompts-en": 4,
+    "prompts-fr": 3,
+    "prompts-es": 3,
+}
 
-# ---- What the recordings say ----------------------------------------------------------------------------------------
-# Files are named alike in all languages: digits/day-0 is Sunday, digits/mon-0 January. One small alphabet (a-z, space,
-# apostrophe) serves the CTC head for all five languages: accents are dropped and Russian is transliterated, since 32
-# more letters for a tenth of the rows would mostly go untrained. A hyphen stands for a space. All entries were checked
-# against the packages' own transcripts. Numbers are kept to single recordings, as each language joins them in its way
-# (vingt et un, veintiuno, ventuno): dates stop at the 20th, hours are 2 to 12 (one o'clock inflects), minutes these.
+# --------------------------------------------------------------------------------------------------
+# What the recordings say
+#
+# Files are named alike in all languages: digits/day-0 is Sunday, digits/mon-0 January. One small
+# alphabet (a-z, space, apostrophe) serves the CTC head for all five languages: accents are dropped
+# and Russian is transliterated, since 32 more letters for a tenth of the rows would mostly go
+# untrained. A hyphen stands for a space. All entries were checked against the packages' own
+# transcripts. Numbers are kept to single recordings, as each language joins them in its way (vingt
+# et un, veintiuno, ventuno): dates stop at the 20th, hours are 2 to 12 (one o'clock inflects),
+# minutes these.
+
 MINUTES = (15, 20, 30, 40, 50)
 
 WORDS = {
     "en": {
         "days": "sunday monday tuesday wednesday thursday friday saturday",
-        "months": "january february march april may june july august september october november december",
-        "numbers": "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-                   "sixteen seventeen eighteen nineteen twenty",
-        "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-                    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth",
+        "months":
+            "january february march april may june july august september october november december",
+        "numbers":
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+            "fifteen sixteen seventeen eighteen nineteen twenty",
+        "ordinals":
+            "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth "
+            "thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth",
         "tens": "thirty forty fifty sixty seventy eighty ninety",
-        "today": "today", "tomorrow": "tomorrow", "yesterday": "yesterday", "hundred": "hundred"},
+        "today": "today", "tomorrow": "tomorrow", "yesterday": "yesterday", "hundred": "hundred",
+    },
     "fr": {
         "days": "dimanche lundi mardi mercredi jeudi vendredi samedi",
-        "months": "janvier fevrier mars avril mai juin juillet aout septembre octobre novembre decembre",
-        "numbers": "zero un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize "
-                   "dix-sept dix-huit dix-neuf vingt",
-        "ordinals": "premier", "tens": "trente quarante cinquante",
-        "today": "aujourd'hui", "tomorrow": "demain", "at": "a", "oclock": "heures"},
+        "months":
+            "janvier fevrier mars avril mai juin juillet aout septembre octobre novembre decembre",
+        "numbers":
+            "zero un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze "
+            "quinze seize dix-sept dix-huit dix-neuf vingt",
+        "ordinals": "premier",
+        "tens": "trente quarante cinquante",
+        "today": "aujourd'hui", "tomorrow": "demain", "at": "a", "oclock": "heures",
+    },
     "es": {
         "days": "domingo lunes martes miercoles jueves viernes sabado",
-        "months": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
-        "numbers": "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciseis "
-                   "diecisiete dieciocho diecinueve veinte",
-        "ordinals": "primero", "tens": "treinta cuarenta cincuenta",
-        "today": "hoy", "tomorrow": "manana", "at": "a-las", "and": "y", "es-de": "de"},
+        "months":
+            "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre "
+            "diciembre",
+        "numbers":
+            "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce "
+            "quince dieciseis diecisiete dieciocho diecinueve veinte",
+        "ordinals": "primero",
+        "tens": "treinta cuarenta cincuenta",
+        "today": "hoy", "tomorrow": "manana", "at": "a-las", "and": "y", "es-de": "de",
+    },
     "it": {
         "days": "domenica lunedi martedi mercoledi giovedi venerdi sabato",
-        "months": "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
-        "numbers": "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici "
-                   "quindici sedici diciassette diciotto diciannove venti",
-        "ordinals": "primo", "tens": "trenta quaranta cinquanta",
-        "today": "oggi", "tomorrow": "domani", "at": "alle", "e": "e"},
-    "ru": {  # months are recorded in the genitive, as dates need them, but ordinals in the masculine, not the neuter
+        "months":
+            "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre "
+            "dicembre",
+        "numbers":
+            "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici "
+            "quattordici quindici sedici diciassette diciotto diciannove venti",
+        "ordinals": "primo",
+        "tens": "trenta quaranta cinquanta",
+        "today": "oggi", "tomorrow": "domani", "at": "alle", "e": "e",
+    },
+    # Months are recorded in the genitive, as dates need them, but ordinals in the masculine, not
+    # the neuter.
+    "ru": {
         "days": "voskresenye ponedelnik vtornik sreda chetverg pyatnitsa subbota",
-        "months": "yanvarya fevralya marta aprelya maya iyunya iyulya avgusta sentyabrya oktyabrya noyabrya dekabrya",
-        "numbers": "nol odin dva tri chetyre pyat shest sem vosem devyat desyat odinnadtsat dvenadtsat trinadtsat "
-                   "chetyrnadtsat pyatnadtsat shestnadtsat semnadtsat vosemnadtsat devyatnadtsat dvadtsat",
-        "ordinals": "pervy vtoroy trety chetvyorty pyaty shestoy sedmoy vosmoy devyaty desyaty odinnadtsaty "
-                    "dvenadtsaty trinadtsaty chetyrnadtsaty pyatnadtsaty shestnadtsaty semnadtsaty vosemnadtsaty "
-                    "devyatnadtsaty dvadtsaty",
-        "tens": "tridtsat sorok pyatdesyat", "today": "segodnya", "tomorrow": "zavtra"},
-}
-PHONETIC = ("alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec "
-            "romeo sierra tango uniform victor whiskey xray yankee zulu").split()
-# Sentences whose recording is not what its transcript says: both stop after the first of two sentences.
+        "months":
+            "yanvarya fevralya marta aprelya maya iyunya iyulya avgusta sentyabrya oktyabrya "
+            "noyabrya dekabrya",
+        "numbers":
+            "nol odin dva tri chetyre pyat shest sem vosem devyat desyat odinnadtsat dvenadtsat "
+            "trinadtsat chetyrnadtsat pyatnadtsat shestnadtsat semnadtsat vosemnadtsat "
+            "devyatnadtsat dvadtsat",
+        "ordinals":
+            "pervy vtoroy trety chetvyorty pyaty shestoy sedmoy vosmoy devyaty desyaty "
+            "odinnadtsaty dvenadtsaty trinadtsaty chetyrnadtsaty pyatnadtsaty shestnadtsaty "
+            "semnadtsaty vosemnadtsaty devyatnadtsaty dvadtsaty",
+        "tens": "tridtsat sorok pyatdesyat",
+        "today": "segodnya", "tomorrow": "zavtra",
+    },
+}  # fmt: skip
+PHONETIC = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november "
+    "oscar papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
+).split()
+# Sentences whose recording is not what its transcript says: both stop after the first of two
+# sentences.
 UNFAITHFUL = {("fr", "vm-mismatch"), ("es", "vm-mismatch")}
 
 
 def lexicon(language):
-    """{recording: the words it says}; a recording is a file's path below the voice's folder, without .wav."""
-    words = {key: [word.replace("-", " ") for word in text.split()] for key, text in WORDS[language].items()}
+    """{recording: the words it says}; a recording is a file's path below the voice's folder,
+    without .wav."""
+    words = {}
+    for key, text in WORDS[language].items():
+        words[key] = [word.replace("-", " ") for word in text.split()]
     table = {f"digits/{10 * i}": word for i, word in enumerate(words.pop("tens"), 3)}
-    for series, prefix, first in ("days", "day-", 0), ("months", "mon-", 0), ("numbers", "", 0), ("ordinals", "h-", 1):
+    for series, prefix, first in (
+        ("days", "day-", 0),
+        ("months", "mon-", 0),
+        ("numbers", "", 0),
+        ("ordinals", "h-", 1),
+    ):
         table |= {f"digits/{prefix}{i}": word for i, word in enumerate(words.pop(series), first)}
     table |= {f"digits/{name}": word for name, (word,) in words.items()}
     if language == "en":
@@ -125,64 +186,97 @@ def english(name):
     return LEXICON["en"][f"digits/{name}"]
 
 
-# ---- Tasks ----------------------------------------------------------------------------------------------------------
-# A content is a tuple of names and numbers. tell_KIND gives the recordings that speak it in a language (a bare name is
-# below digits/), the English words that must be heard, and the answer. say(key, *options) is a matter of taste (see
-# `wording`); keys come from the content, so the rewarded wording can be learnt by listening.
+# --------------------------------------------------------------------------------------------------
+# Tasks
+#
+# A content is a tuple of names and numbers. tell_KIND gives the recordings that speak it in a
+# language (a bare name is below digits/), the English words that must be heard, and the answer.
+# say(key, *options) is a matter of taste (see `wording`); keys come from the content, so the
+# rewarded wording can be learnt by listening.
 
 DAYS = [f"day-{i}" for i in range(7)]
 WHEN = {day: f"on {english(day).capitalize()}" for day in DAYS}
 WHEN |= {day: day for day in ("today", "tomorrow", "yesterday")}
 LETTERS = [word[0] for word in PHONETIC]
-CONSONANTS, VOWELS = list("bjklmrsw"), list("aeiou")    # for names: consonants whose letter names sound unlike
+# For names: consonants whose letter names sound unlike.
+CONSONANTS = list("bjklmrsw")
+VOWELS = list("aeiou")
 
 
 def wording(rng=None):
-    """say(key, *options) -> one option: number key mod n in a reference (no rng); in a target 9 in 10 are random."""
+    """say(key, *options) -> one option: number key mod n in a reference (no rng); in a target 9 in
+    10 are random."""
+
     def say(key, *options):
         if rng is None or rng.random() < 0.1:
             return options[key % len(options)]
         return options[rng.integers(len(options))]
+
     return say
 
 
 def draw(kind, rng):
     """A random content of a kind."""
-    if kind == "date":          # weekday, month, day of the month
+    # Weekday, month, day of the month.
+    if kind == "date":
         return int(rng.integers(7)), int(rng.integers(12)), int(rng.integers(1, 21))
-    if kind == "time":          # day, hour, minute
-        return str(rng.choice([*DAYS, "today", "tomorrow"])), int(rng.integers(2, 13)), int(rng.choice(MINUTES))
-    if kind == "number":        # day, hundreds, tens, unit; hundreds and unit unlike, so that no word comes twice
+    # Day, hour, minute.
+    if kind == "time":
+        day = str(rng.choice([*DAYS, "today", "tomorrow"]))
+        return day, int(rng.integers(2, 13)), int(rng.choice(MINUTES))
+    # Day, hundreds, tens, unit; hundreds and unit unlike, so that no word comes twice.
+    if kind == "number":
         hundreds, unit = rng.choice(range(2, 10), 2, replace=False).tolist()
-        return str(rng.choice([*DAYS, "today", "yesterday"])), hundreds, 10 * int(rng.integers(2, 10)), unit
-    if kind == "sequence":      # what is asked, four numbers
-        return str(rng.choice(["reverse", "ends"])), *rng.choice(13, 4, replace=False).tolist()
-    if rng.random() < 0.5:      # spelling by code words: any four letters
+        day = str(rng.choice([*DAYS, "today", "yesterday"]))
+        return day, hundreds, 10 * int(rng.integers(2, 10)), unit
+    # What is asked, four numbers.
+    if kind == "sequence":
+        asked = str(rng.choice(["reverse", "ends"]))
+        return asked, *rng.choice(13, 4, replace=False).tolist()
+    # Spelling by code words: any four letters.
+    if rng.random() < 0.5:
         return "phonetic", "".join(rng.choice(LETTERS, 4, replace=False))
-    consonants, vowels = rng.choice(CONSONANTS, 2, replace=False), rng.choice(VOWELS, 2, replace=False)
-    return "letters", f"{consonants[0]}{vowels[0]}{consonants[1]}{vowels[1]}"       # or by letters: a name like komu
+    # Or by letters: a name like komu.
+    consonants = rng.choice(CONSONANTS, 2, replace=False)
+    vowels = rng.choice(VOWELS, 2, replace=False)
+    return "letters", f"{consonants[0]}{vowels[0]}{consonants[1]}{vowels[1]}"
 
 
 def tell_date(content, language, say):
     day, month, number = content
-    nth = f"h-{number}" if number == 1 or language in ("en", "ru") else f"{number}"     # "le premier", but "le deux"
-    spoken = {"en": [f"mon-{month}", nth], "es": [nth, "es-de", f"mon-{month}"]}.get(language, [nth, f"mon-{month}"])
-    weekday, name, ordinal = english(f"day-{day}"), english(f"mon-{month}").capitalize(), english(f"h-{number}")
+    # "le premier", but "le deux".
+    nth = f"h-{number}" if number == 1 or language in ("en", "ru") else f"{number}"
+    spoken = [nth, f"mon-{month}"]
+    if language == "en":
+        spoken = [f"mon-{month}", nth]
+    elif language == "es":
+        spoken = [nth, "es-de", f"mon-{month}"]
+    weekday = english(f"day-{day}")
+    name = english(f"mon-{month}").capitalize()
+    ordinal = english(f"h-{number}")
     event = say(day, "the", "our", "their") + " " + say(month, "meeting", "visit", "delivery")
     verb = say(number // 2, "is planned for", "falls on", "takes place on")
     date = say(number, f"{name} {ordinal}", f"the {ordinal} of {name}")
-    return [f"day-{day}", *spoken], [weekday, name.lower(), ordinal], f"{event} {verb} {weekday.capitalize()}, {date}."
+    answer = f"{event} {verb} {weekday.capitalize()}, {date}."
+    return [f"day-{day}", *spoken], [weekday, name.lower(), ordinal], answer
 
 
 def tell_time(content, language, say):
     day, hour, minute = content
-    at, between = {"fr": (["at"], ["oclock"]), "es": (["at"], ["and"]), "it": (["at"], ["e"])}.get(language, ([], []))
-    key, hour_word, minute_word = list(WHEN).index(day), english(hour), english(minute)
+    between = {"fr": "oclock", "es": "and", "it": "e"}
+    spoken = [day, hour, minute]
+    if language in between:
+        spoken = [day, "at", hour, between[language], minute]
+    key = list(WHEN).index(day)
+    hour_word = english(hour)
+    minute_word = english(minute)
     vehicle = say(key, "the", "our", "their") + " " + say(hour, "train", "bus", "ferry")
     verb = say(minute // 5, "leaves", "departs", "sets off")
-    clock = say(hour // 3, f"at {hour_word} {minute_word}", f"at {minute_word} minutes past {hour_word}")
-    answer = say(key // 3, f"{vehicle} {verb} {clock} {WHEN[day]}.", f"{WHEN[day]} {vehicle} {verb} {clock}.")
-    return [day, *at, hour, *between, minute], [english(day), hour_word, minute_word], answer
+    past = f"at {minute_word} minutes past {hour_word}"
+    clock = say(hour // 3, f"at {hour_word} {minute_word}", past)
+    what = f"{vehicle} {verb} {clock}"
+    answer = say(key // 3, f"{what} {WHEN[day]}.", f"{WHEN[day]} {what}.")
+    return spoken, [english(day), hour_word, minute_word], answer
 
 
 def tell_number(content, language, say):
@@ -202,31 +296,49 @@ def tell_spelling(content, language, say):
     noun = say(ord(a), "the", "our", "their") + " " + say(ord(b), "name", "code", "password")
     verb = say(ord(c), "is spelled", "is written", "reads")
     spelled = say(ord(d), f"{a} {b} {c} {d}", f"{a}, {b}, {c} and {d}")
-    spoken = [f"letters/{x}" if alphabet == "letters" else f"phonetic/{x}_p" for x in letters]
+    pattern = "letters/{}" if alphabet == "letters" else "phonetic/{}_p"
+    spoken = [pattern.format(letter) for letter in letters]
     return spoken, list(letters), f"{noun} {verb} {spelled}."
 
 
 def tell_sequence(content, language, say):
     question, a, b, c, d = content
-    first, second, third, last = words = [english(n) for n in (a, b, c, d)]
+    words = [english(n) for n in (a, b, c, d)]
+    first, second, third, last = words
     if question == "reverse":
-        start, noun = say(d, "backwards", "in reverse", "from the end"), say(c, "the numbers", "the figures", "they")
-        verb, link = say(b, "are", "read", "run"), say(a, "and", "then")
-        return [a, b, c, d], words, f"{start} {noun} {verb} {last}, {third}, {second} {link} {first}."
-    noun, verb = say(a, "number", "figure", "value"), say(d, "is", "was")
+        start = say(d, "backwards", "in reverse", "from the end")
+        noun = say(c, "the numbers", "the figures", "they")
+        verb = say(b, "are", "read", "run")
+        link = say(a, "and", "then")
+        answer = f"{start} {noun} {verb} {last}, {third}, {second} {link} {first}."
+        return [a, b, c, d], words, answer
+    noun = say(a, "number", "figure", "value")
+    verb = say(d, "is", "was")
     end = say(d // 2, "the last", "the final") + say(a // 3, "", f" {noun}")
-    return [a, b, c, d], [first, last], f"the first {noun} {verb} {first} and {end} {verb} {last}."
+    answer = f"the first {noun} {verb} {first} and {end} {verb} {last}."
+    return [a, b, c, d], [first, last], answer
 
 
-TELL = dict(date=tell_date, time=tell_time, number=tell_number, spelling=tell_spelling, sequence=tell_sequence)
-QUESTIONS = {"date": ("Which date is given?", "What day is that? Give the full date."),
-             "time": ("When is the departure?", "At what time and on which day is it?"),
-             "number": ("How many came, and when?", "What was the count, and on which day?"),
-             "spelling": ("Which letters are spelled?", "Write down the letters that are spelled."),
-             "reverse": ("Say the numbers backwards.", "What are the numbers in reverse order?"),
-             "ends": ("Which number comes first and which last?", "Name the first and the last number."),
-             "translate": ("Translate the {} speech into English.", "What does the {} speech say in English?"),
-             "transcribe": ("Write down the {} recording.", "What is said, word for word, in {}?")}
+TELL = {
+    "date": tell_date,
+    "time": tell_time,
+    "number": tell_number,
+    "spelling": tell_spelling,
+    "sequence": tell_sequence,
+}
+QUESTIONS = {
+    "date": ("Which date is given?", "What day is that? Give the full date."),
+    "time": ("When is the departure?", "At what time and on which day is it?"),
+    "number": ("How many came, and when?", "What was the count, and on which day?"),
+    "spelling": ("Which letters are spelled?", "Write down the letters that are spelled."),
+    "reverse": ("Say the numbers backwards.", "What are the numbers in reverse order?"),
+    "ends": ("Which number comes first and which last?", "Name the first and the last number."),
+    "translate": (
+        "Translate the {} speech into English.",
+        "What does the {} speech say in English?",
+    ),
+    "transcribe": ("Write down the {} recording.", "What is said, word for word, in {}?"),
+}
 
 
 def question(task, language, rng):
@@ -235,20 +347,25 @@ def question(task, language, rng):
 
 def split_at(x):
     """The split that owns the point x in [0, 1)."""
-    return "test" if x < HELD_OUT["test"] else "validation" if x < sum(HELD_OUT.values()) else "train"
+    if x < HELD_OUT["test"]:
+        return "test"
+    return "validation" if x < sum(HELD_OUT.values()) else "train"
 
 
 def split_of(content, seed):
     """The one split that may use a content: a hash decides, so neither sizes nor groups move it."""
-    return split_at(int.from_bytes(hashlib.sha256(f"{seed} {content}".encode()).digest()[:8], "big") / 2 ** 64)
+    digest = hashlib.sha256(f"{seed} {content}".encode()).digest()
+    return split_at(int.from_bytes(digest[:8], "big") / 2**64)
 
 
 def compose(group, split, seed, rng, seen):
-    """One composed row, still without audio, and its recordings; a `seen` content only where others are rare."""
+    """One composed row, still without audio, and its recordings; a `seen` content only where others
+    are rare."""
     language, kind = group.split("-")[:2]
     for attempt in range(10000):
         content = draw(kind, rng)
-        said = content[kind in ("sequence", "spelling"):]       # another question or alphabet is not another content
+        # Another question or alphabet is not another content.
+        said = content[1:] if kind in ("sequence", "spelling") else content
         if split_of((kind, said), seed) == split and (said not in seen or attempt > 200):
             break
     assert split_of((kind, said), seed) == split, f"no content for {group} in {split}"
@@ -256,52 +373,75 @@ def compose(group, split, seed, rng, seen):
     names, slots, reference = TELL[kind](content, language, wording())
     _, _, target = TELL[kind](content, language, wording(rng))
     names = [name if "/" in str(name) else f"digits/{name}" for name in names]
-    task = "translate" if language != "en" else content[0] if kind == "sequence" else kind
-    row = {"prompt": question(task, language, rng), "reference": reference[0].upper() + reference[1:],
-           "target": target[0].upper() + target[1:], "transcript": " ".join(LEXICON[language][name] for name in names),
-           "slots": slots, "group": group}
+    task = kind
+    if language != "en":
+        task = "translate"
+    elif kind == "sequence":
+        task = content[0]
+    row = {
+        "prompt": question(task, language, rng),
+        "reference": reference[0].upper() + reference[1:],
+        "target": target[0].upper() + target[1:],
+        "transcript": " ".join(LEXICON[language][name] for name in names),
+        "slots": slots,
+        "group": group,
+    }
     return row, names
 
 
-# ---- Whole recorded sentences ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Whole recorded sentences
+
 
 def plain(text):
-    """Lower case, accents dropped, nothing but a-z, space and apostrophe: the alphabet of `transcript`."""
+    """Lower case, accents dropped, nothing but a-z, space and apostrophe: the alphabet of
+    `transcript`."""
     text = unicodedata.normalize("NFD", text.lower().replace("’", "'").replace("œ", "oe"))
-    return " ".join(re.sub(r"[^a-z']+", " ", "".join(c for c in text if not unicodedata.combining(c))).split())
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    return " ".join(re.sub(r"[^a-z']+", " ", text).split())
 
 
 def read_prompts(path, language):
-    """[(recording, text)] from a package's transcripts: gzipped lines "name: text". Single digits become words.
+    """[(recording, text)] from a package's transcripts: gzipped lines "name: text". Single digits
+    become words.
 
-    Left out: the single words above, lines without text, tones and remarks (in brackets), symbols and abbreviations
-    (their spelling does not say how they are read), and what is known to be wrong.
+    Left out: the single words above, lines without text, tones and remarks (in brackets), symbols
+    and abbreviations (their spelling does not say how they are read), and what is known to be
+    wrong.
     """
+    others = (";", "digits/", "letters/", "phonetic/", "silence/", "spy-")
     prompts = []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             name, _, text = line.strip().partition(":")
             text = " ".join(re.sub(r'\.\.\.|["“”]', " ", text).split())
             text = re.sub(r"\b\d\b", lambda digit: LEXICON[language][f"digits/{digit[0]}"], text)
-            skipped = name.startswith((";", "digits/", "letters/", "phonetic/", "silence/", "spy-"))
+            skipped = name.startswith(others) or (language, name) in UNFAITHFUL
             odd = re.search(r"[][()<>*#@\d]|[A-Z]{2}|www", text)
-            if plain(text) and not (skipped or odd or (language, name) in UNFAITHFUL):
+            if plain(text) and not (skipped or odd):
                 prompts.append((name, text))
     return prompts
 
 
-# ---- Audio ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Audio
+
 
 @functools.cache
 def load(path, floor_db=35.0, margin=0.02, loudness_db=-26.0):
-    """A recording, float32 at 8 kHz: edges `floor_db` below the loudest 10 ms cut to `margin` s, RMS `loudness_db`."""
+    """A recording, float32 at 8 kHz: edges `floor_db` below the loudest 10 ms cut to `margin` s,
+    RMS `loudness_db`."""
     samples, rate = soundfile.read(path, dtype="float32")
     assert rate == SOURCE_RATE and samples.ndim == 1, f"{path}: expected {SOURCE_RATE} Hz mono"
-    frame, pad = rate // 100, round(margin * rate)
-    energy = np.square(samples[:len(samples) // frame * frame]).reshape(-1, frame).mean(1)
+    frame = rate // 100
+    pad = round(margin * rate)
+    whole = samples[: len(samples) // frame * frame]
+    energy = np.square(whole).reshape(-1, frame).mean(1)
     loud = np.flatnonzero(energy > energy.max() * 10 ** (-floor_db / 10))
-    samples = samples[max(0, loud[0] * frame - pad):(loud[-1] + 1) * frame + pad]
-    return samples * (10 ** (loudness_db / 20) / np.sqrt(np.mean(samples ** 2)))
+    start = max(0, loud[0] * frame - pad)
+    end = (loud[-1] + 1) * frame + pad
+    samples = samples[start:end]
+    return samples * (10 ** (loudness_db / 20) / np.sqrt(np.mean(samples**2)))
 
 
 def resample(samples, rate):
@@ -309,44 +449,61 @@ def resample(samples, rate):
     try:
         import torch
         from torchaudio.functional import resample as torchaudio_resample
-    except (ImportError, OSError) as error:     # OSError: torchaudio built for another CUDA than torch
-        sys.exit(f"torchaudio does not import ({error}); fix: pip install 'torch>=2.11,<2.15' torchaudio==2.11.0")
+    except (ImportError, OSError) as error:
+        # OSError: torchaudio built for another CUDA than torch.
+        fix = "pip install 'torch>=2.11,<2.15' torchaudio==2.11.0"
+        sys.exit(f"torchaudio does not import ({error}); fix: {fix}")
+    # One thread: inputs this short lose by sharing, a hundredfold on a busy machine.
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)            # inputs this short lose by sharing, a hundredfold on a busy machine
+    torch.set_num_threads(1)
     resampled = torchaudio_resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
     torch.set_num_threads(threads)
     return resampled
 
 
 def utter(clips, rng):
-    """Recordings at 8 kHz -> one utterance at 16 kHz with gaps, levels, speed and noise of its own."""
+    """Recordings at 8 kHz -> one utterance at 16 kHz with gaps, levels, speed and noise of its
+    own."""
     pieces = [np.zeros(int(SOURCE_RATE * rng.uniform(0.05, 0.15)), np.float32)]
     for clip in clips:
         gap = np.zeros(int(SOURCE_RATE * rng.uniform(0.04, 0.25)), np.float32)
         pieces += [clip * np.float32(10 ** (rng.uniform(-3, 3) / 20)), gap]
-    # Speed (and pitch): claim another sampling rate. Steps of 200 Hz, 2.5%, keep the resampling filters short.
-    speech = resample(np.concatenate(pieces), 200 * int(rng.integers(34, 49)))  # 0.85 to 1.2 of 8 kHz
-    # Noise: its power falls as frequency ** -colour (0 white, 2 brown), flat below 50 Hz; SNR 15 to 40 dB.
-    count = -(-len(speech) // 4000) * 4000      # a length whose FFT is fast
-    colour, frequency = rng.uniform(0, 2), np.maximum(np.fft.rfftfreq(count, 1 / SAMPLE_RATE), 50.0)
-    noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(count)) * frequency ** (-colour / 2))[:len(speech)]
-    noise *= np.sqrt(np.mean(speech ** 2) / np.mean(noise ** 2)) * 10 ** (-rng.uniform(15, 40) / 20)
+    # Speed (and pitch): claim another sampling rate, 0.85 to 1.2 of 8 kHz. Steps of 200 Hz, 2.5%,
+    # keep the resampling filters short.
+    speech = resample(np.concatenate(pieces), 200 * int(rng.integers(34, 49)))
+    # Noise: its power falls as frequency ** -colour (0 white, 2 brown), flat below 50 Hz; SNR 15 to
+    # 40 dB. It is made at a length whose FFT is fast.
+    count = -(-len(speech) // 4000) * 4000
+    colour = rng.uniform(0, 2)
+    frequency = np.maximum(np.fft.rfftfreq(count, 1 / SAMPLE_RATE), 50.0)
+    spectrum = np.fft.rfft(rng.standard_normal(count)) * frequency ** (-colour / 2)
+    noise = np.fft.irfft(spectrum)[: len(speech)]
+    level = np.sqrt(np.mean(speech**2) / np.mean(noise**2))
+    noise *= level * 10 ** (-rng.uniform(15, 40) / 20)
     mixed = (speech + noise) * 10 ** (rng.uniform(-6, 6) / 20)
     return (mixed * min(1.0, 0.98 / np.abs(mixed).max())).astype(np.float32)
 
 
-# ---- The build ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The build
 
+# The file's own lines are longer than these: a backslash goes on with the same one.
 README = """# Spoken questions and translations from the Asterisk prompts
 
 Made by `python -m corpora.asterisk --seed {seed}` from the recordings in the Debian packages
-asterisk-core-sounds-{{en,fr,es,it,ru}}-wav (source: http://downloads.asterisk.org/pub/telephony/asterisk/).
-The recordings were changed: cut, joined, resampled, given other levels and speeds, and mixed with noise.
+asterisk-core-sounds-{{en,fr,es,it,ru}}-wav \
+(source: http://downloads.asterisk.org/pub/telephony/asterisk/).
+The recordings were changed: cut, joined, resampled, given other levels and speeds, and mixed \
+with noise.
 
-Voices: English and Spanish Allison Smith (theivrvoice.com), CC BY-SA 3.0; French June Wallack (junewallack.com), text
-by Clod Patry, Kristopher Lalletti and June Wallack, CC BY-SA 3.0; Italian Carlo Flora (carloflora.com), text by Silvia
-Petrin, CC BY 3.0; Russian provided by Maxim Topal (ivrvoice.ru), CC BY 3.0. Financial contributions: Digium, Inc., for
-French also Unlimitel and BGM Informatique. This folder: CC BY-SA 3.0, https://creativecommons.org/licenses/by-sa/3.0/
+Voices: English and Spanish Allison Smith (theivrvoice.com), CC BY-SA 3.0; \
+French June Wallack (junewallack.com), text
+by Clod Patry, Kristopher Lalletti and June Wallack, CC BY-SA 3.0; \
+Italian Carlo Flora (carloflora.com), text by Silvia
+Petrin, CC BY 3.0; Russian provided by Maxim Topal (ivrvoice.ru), CC BY 3.0. \
+Financial contributions: Digium, Inc., for
+French also Unlimitel and BGM Informatique. \
+This folder: CC BY-SA 3.0, https://creativecommons.org/licenses/by-sa/3.0/
 """
 
 
@@ -358,40 +515,56 @@ def check_packages(sounds, docs):
             missing.append(f"asterisk-core-sounds-{language}-wav")
         if language in TRANSCRIBED and not (docs / TRANSCRIPT.format(language)).is_file():
             missing.append(f"asterisk-core-sounds-{language}")
-    if missing:     # --path-include: container images often drop /usr/share/doc of the packages they install
-        print(f"not all there below {sounds} and {docs}: {', '.join(missing)}\nfix: apt-get install --reinstall "
-              f"-o Dpkg::Options::=--path-include='/usr/share/doc/*' {' '.join(missing)}", file=sys.stderr)
+    if missing:
+        # Container images often drop /usr/share/doc of the packages they install.
+        option = "-o Dpkg::Options::=--path-include='/usr/share/doc/*'"
+        fix = f"apt-get install --reinstall {option} {' '.join(missing)}"
+        trouble = f"not all there below {sounds} and {docs}: {', '.join(missing)}"
+        print(f"{trouble}\nfix: {fix}", file=sys.stderr)
         sys.exit(2)
 
 
 def build(out, sounds, docs, sizes, seed):
-    """Write the corpus into `out`, an empty folder. sizes: {split: rows}. Returns {split: list of rows}."""
-    sentences = defaultdict(list)   # (split, language) -> [(recording, text)]
+    """Write the corpus into `out`, an empty folder. sizes: {split: rows}. Returns {split: list of
+    rows}."""
+    # (split, language) -> [(recording, text)]
+    sentences = defaultdict(list)
     for language in TRANSCRIBED:
         usable = {}
         for name, text in read_prompts(docs / TRANSCRIPT.format(language), language):
-            path = sounds / VOICES[language] / f"{name}.wav"        # a few sentences were never recorded
+            path = sounds / VOICES[language] / f"{name}.wav"
+            # A few sentences were never recorded.
             if path.is_file() and 0.5 <= len(load(path)) / SOURCE_RATE <= 5.0:
                 usable.setdefault(plain(text), []).append((name, text))
-        for x, same in zip(np.random.default_rng(seed).permutation(len(usable)) / len(usable), usable.values()):
+        points = np.random.default_rng(seed).permutation(len(usable)) / len(usable)
+        for x, same in zip(points, usable.values()):
             sentences[split_at(x), language] += same
     (out / "audio").mkdir()
     rows = {split: [] for split in SPLITS}
     for number, split in enumerate(SPLITS):
         ends = np.round(np.cumsum(list(MIX.values())) / 100 * sizes[split]).astype(int)
         groups = np.repeat(list(MIX), np.diff(ends, prepend=0)).tolist()
-        order, seen, decks = np.random.default_rng([seed, number]), defaultdict(set), defaultdict(list)
+        order = np.random.default_rng([seed, number])
+        seen = defaultdict(set)
+        decks = defaultdict(list)
         order.shuffle(groups)
         for i, group in enumerate(tqdm(groups, split, unit="row")):
             rng = np.random.default_rng([seed, number, i])
             if group.startswith("prompts-"):
                 language = group[-2:]
-                if not decks[language]:         # every sentence once before any comes again
+                # Every sentence once before any comes again.
+                if not decks[language]:
                     decks[language] = [*sentences[split, language]]
                     order.shuffle(decks[language])
                 name, text = decks[language].pop()
-                row, names = {"prompt": question("transcribe", language, rng), "reference": text, "target": text,
-                              "transcript": plain(text), "group": group}, [name]
+                names = [name]
+                row = {
+                    "prompt": question("transcribe", language, rng),
+                    "reference": text,
+                    "target": text,
+                    "transcript": plain(text),
+                    "group": group,
+                }
             else:
                 language = group[:2]
                 row, names = compose(group, split, seed, rng, seen[group])
@@ -408,27 +581,38 @@ def build(out, sounds, docs, sizes, seed):
 def report(out, rows):
     """Print rows per split and group, hours of audio, vocabulary sizes and a few rows."""
     table = [["group", *SPLITS]]
-    table += [[group, *(sum(row["group"] == group for row in rows[split]) for split in SPLITS)] for group in MIX]
-    seconds = [sum(soundfile.info(out / row["audio"]).duration for row in rows[split]) for split in SPLITS]
-    table += [["all", *(len(rows[split]) for split in SPLITS)], ["hours", *(f"{t / 3600:.2f}" for t in seconds)]]
+    for group in MIX:
+        counts = [sum(row["group"] == group for row in rows[split]) for split in SPLITS]
+        table.append([group, *counts])
+    table.append(["all", *(len(rows[split]) for split in SPLITS)])
+    hours = []
+    for split in SPLITS:
+        seconds = sum(soundfile.info(out / row["audio"]).duration for row in rows[split])
+        hours.append(f"{seconds / 3600:.2f}")
+    table.append(["hours", *hours])
     for name, *values in table:
         print(f"{name:22s}" + "".join(f"{value:>12}" for value in values))
-    for name, key in ("composed", "slots"), ("all", "audio"):
+    for name, key in (("composed", "slots"), ("all", "audio")):
         part = [row for split in SPLITS for row in rows[split] if key in row]
-        words = {word for row in part for word in re.findall(r"[\w']+", f"{row['reference']} {row['target']}".lower())}
-        alphabet = set("".join(row["transcript"] for row in part))
-        print(f"{name} rows: {len(words)} words in answers, {len(alphabet)} characters in transcripts")
+        answers = " ".join(f"{row['reference']} {row['target']}" for row in part)
+        words = len(set(re.findall(r"[\w']+", answers.lower())))
+        characters = len(set("".join(row["transcript"] for row in part)))
+        print(f"{name} rows: {words} words in answers, {characters} characters in transcripts")
     print(*(json.dumps(row, ensure_ascii=False) for row in rows["train"][:4]), sep="\n")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m corpora.asterisk", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--sounds", type=Path, default=Path("/usr/share/asterisk/sounds"), help="where the voices are")
-    parser.add_argument("--transcripts", type=Path, default=Path("/usr/share/doc"), help="where their texts are")
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m corpora.asterisk", description=summary)
+    add = parser.add_argument
+    sounds = Path("/usr/share/asterisk/sounds")
+    docs = Path("/usr/share/doc")
+    add("--out", type=Path, required=True, help="folder to make")
+    add("--sounds", type=Path, default=sounds, help="where the voices are")
+    add("--transcripts", type=Path, default=docs, help="where their texts are")
     for split, rows in zip(SPLITS, (4000, 200, 400)):
-        parser.add_argument(f"--{split}", type=int, default=rows, help=f"rows (default {rows})")
-    parser.add_argument("--seed", type=int, default=0)
+        add(f"--{split}", type=int, default=rows, help=f"rows (default {rows})")
+    add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     out = args.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -439,7 +623,8 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
-        rows = build(corpus, args.sounds, args.transcripts, {s: getattr(args, s) for s in SPLITS}, args.seed)
+        sizes = {split: getattr(args, split) for split in SPLITS}
+        rows = build(corpus, args.sounds, args.transcripts, sizes, args.seed)
         corpus.rename(out)
     report(out, rows)
     print(f"wrote {args.out}")

@@ -2,8 +2,9 @@
 
     python -m corpora.librispeech --librispeech data/LibriSpeech --out data/asr [--download]
 
-LibriSpeech (Panayotov et al. 2015, CC BY 4.0) is resource SLR12 of OpenSLR. By default this takes train-clean-100 (6.3
-GB to download, 28,539 recordings), dev-clean (337 MB, 2,703) and test-clean (346 MB, 2,620); unpacked, they are
+LibriSpeech (Panayotov et al. 2015, CC BY 4.0) is resource SLR12 of OpenSLR. By default this takes
+train-clean-100 (6.3 GB to download, 28,539 recordings), dev-clean (337 MB, 2,703) and test-clean
+(346 MB, 2,620); unpacked, they are
 
     LibriSpeech/
         train-clean-100/                    subset
@@ -11,17 +12,20 @@ GB to download, 28,539 recordings), dev-clean (337 MB, 2,703) and test-clean (34
                 103-1240.trans.txt          lines "103-1240-0000 WORDS IN CAPITALS"
                 103-1240-0000.flac          16 kHz mono
 
---librispeech names this folder or the one it is in. --download fetches what is not there, with torchaudio, which takes
-a subset's folder for the whole subset: remove one that was only half unpacked. Rows point to the FLAC files by absolute
-path: nothing is copied, and moving them means building again.
+--librispeech names this folder or the one it is in. --download fetches what is not there, with
+torchaudio, which takes a subset's folder for the whole subset: remove one that was only half
+unpacked. Rows point to the FLAC files by absolute path: nothing is copied, and moving them means
+building again.
 
-Transcripts are published in capitals, A-Z and the apostrophe. Here they are in lower case, as reference and as
-transcript: that is how the other corpora's text and a pretrained decoder's tokens mostly look, and the reward tells
-capitals from small letters. A split of several subsets gets their names as `group`, so that they are reported apart.
-Rows are shuffled, for train.py may evaluate on the first ones only, and those would be one reader's.
+Transcripts are published in capitals, A-Z and the apostrophe. Here they are in lower case, as
+reference and as transcript: that is how the other corpora's text and a pretrained decoder's tokens
+mostly look, and the reward tells capitals from small letters. A split of several subsets gets their
+names as `group`, so that they are reported apart. Rows are shuffled, for train.py may evaluate on
+the first ones only, and those would be one reader's.
 
-No subset has gaps, so a recording that is missing means a folder that was not unpacked to the end: it is refused. A few
-recordings last more than 30 s; train.py takes them with --max-audio-seconds 36.
+No subset has gaps, so a recording that is missing means a folder that was not unpacked to the end:
+it is refused. A few recordings last more than 30 s; train.py takes them with
+--max-audio-seconds 36.
 """
 
 import argparse
@@ -33,17 +37,26 @@ from tqdm import tqdm
 from corpora import AUDIO, SPLITS, locate, new_corpus, refuse, shuffled
 
 PROMPT = AUDIO + "Write down what is said."
-SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500",
-           "dev-clean", "dev-other", "test-clean", "test-other")  # fmt: skip
+SUBSETS = (
+    "train-clean-100",
+    "train-clean-360",
+    "train-other-500",
+    "dev-clean",
+    "dev-other",
+    "test-clean",
+    "test-other",
+)
 DEFAULTS = {"train": "train-clean-100", "validation": "dev-clean", "test": "test-clean"}
 
 
 def download(folder, subsets):
     """Fetch and unpack the subsets that are not there yet, so that `locate` finds them."""
+    # Imported only here: torchaudio needs its own match with torch.
     try:
-        from torchaudio.datasets import LIBRISPEECH  # imported only here: it needs its own match with torch
+        from torchaudio.datasets import LIBRISPEECH
     except (ImportError, OSError, RuntimeError) as error:
-        refuse(f"--download needs torchaudio, which does not load here ({error}); fix: pip install -r requirements.txt")
+        trouble = f"--download needs torchaudio, which does not load here ({error})"
+        refuse(f"{trouble}; fix: pip install -r requirements.txt")
     root = folder.parent if folder.name == "LibriSpeech" else folder
     root.mkdir(parents=True, exist_ok=True)
     for subset in subsets:
@@ -51,18 +64,23 @@ def download(folder, subsets):
         try:
             LIBRISPEECH(str(root), url=subset, download=True)
         except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-            refuse(f"{subset} could not be downloaded to {root} ({error}); remove what there is of it and try again")
+            trouble = f"{subset} could not be downloaded to {root} ({error})"
+            refuse(f"{trouble}; remove what there is of it and try again")
 
 
 def read_subset(folder):
-    """[(audio file, words)] of a subset, in the order of the file names. Refused unless every recording is there."""
-    spoken, missing = [], []
+    """[(audio file, words)] of a subset, in the order of the file names. Refused unless every
+    recording is there."""
+    spoken = []
+    missing = []
     files = sorted(folder.glob("*/*/*.trans.txt"))
     for file in tqdm(files, folder.name, unit="chapter", leave=False, disable=None):
+        chapter = file.name.removesuffix(".trans.txt")
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             name, _, words = line.strip().partition(" ")
-            if not words or "-".join(name.split("-")[:2]) != file.name.removesuffix(".trans.txt"):
-                refuse(f"{file}, line {number}: expected the name of a recording and its words, found {line[:80]!r}")
+            if not words or "-".join(name.split("-")[:2]) != chapter:
+                wanted = "the name of a recording and its words"
+                refuse(f"{file}, line {number}: expected {wanted}, found {line[:80]!r}")
             audio = file.with_name(f"{name}.flac")
             spoken.append((audio, words.lower()))
             if not audio.is_file():
@@ -70,7 +88,8 @@ def read_subset(folder):
     if not files:
         refuse(f"{folder}: expected SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt in it, found none")
     if missing:
-        refuse(f"{folder}: {len(missing)} of {len(spoken)} recordings are missing, e.g. {missing[0]}; unpack it again")
+        gaps = f"{len(missing)} of {len(spoken)} recordings are missing, e.g. {missing[0]}"
+        refuse(f"{folder}: {gaps}; unpack it again")
     return spoken
 
 
@@ -80,12 +99,20 @@ def main(arguments=None):
         description=__doc__.splitlines()[0],
         epilog=f"Subsets: {', '.join(SUBSETS)}.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--librispeech", type=Path, required=True, help="folder LibriSpeech, or the one it is in")
-    parser.add_argument("--download", action="store_true", help="fetch the subsets that are not there")
+    add = parser.add_argument
+    recordings = "folder LibriSpeech, or the one it is in"
+    add("--out", type=Path, required=True, help="folder to make")
+    add("--librispeech", type=Path, required=True, help=recordings)
+    add("--download", action="store_true", help="fetch the subsets that are not there")
     for split in SPLITS:
-        parser.add_argument(f"--{split}", nargs="+", choices=SUBSETS, metavar="SUBSET", default=[DEFAULTS[split]],
-                            help=f"one or more (default {DEFAULTS[split]})")  # fmt: skip
+        add(
+            f"--{split}",
+            nargs="+",
+            choices=SUBSETS,
+            metavar="SUBSET",
+            default=[DEFAULTS[split]],
+            help=f"one or more (default {DEFAULTS[split]})",
+        )
     args = parser.parse_args(arguments)
     chosen = [subset for split in SPLITS for subset in getattr(args, split)]
     if len(set(chosen)) < len(chosen):
@@ -96,12 +123,13 @@ def main(arguments=None):
         folder = locate(args.librispeech, "LibriSpeech", chosen)
         for split in SPLITS:
             subsets = getattr(args, split)
-            rows[split] = shuffled([
-                {"audio": str(audio), "prompt": PROMPT, "reference": words, "transcript": words}
-                | ({"group": subset} if len(subsets) > 1 else {})
-                for subset in subsets
-                for audio, words in read_subset(folder / subset)
-            ])  # fmt: skip
+            part = []
+            for subset in subsets:
+                group = {"group": subset} if len(subsets) > 1 else {}
+                for audio, words in read_subset(folder / subset):
+                    row = {"audio": str(audio), "prompt": PROMPT, "reference": words}
+                    part.append({**row, "transcript": words, **group})
+            rows[split] = shuffled(part)
 
 
 if __name__ == "__main__":

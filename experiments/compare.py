@@ -88,7 +88,7 @@ class Heard(data.Split):
     def __init__(self, rows: list[dict], tokenizer, sounds: list[torch.Tensor]):
         self.rows = rows
         self.tokenizer = tokenizer
-        self.sounds = lambda indices: [sounds[i] for i in indices]
+        self.audio = lambda indices: [sounds[i] for i in indices]
 
 
 def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, Heard]:
@@ -98,8 +98,8 @@ def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, Heard]:
         file = cfg.base_folder / f"{name}.pt"
         if not file.exists():
             split = data.Split(name, rows, cfg.cache_gb)
-            split.project(model, tokenizer)
-            sounds = [sound.clone() for sound in split.sounds(list(range(len(rows))))]
+            split.hear(model, tokenizer)
+            sounds = [sound.clone() for sound in split.audio(list(range(len(rows))))]
             torch.save(sounds, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         splits[name] = Heard(rows, tokenizer, torch.load(file, map_location=device))

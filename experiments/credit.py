@@ -152,11 +152,11 @@ class Policy:
         split = data.Split("train", rows["train"][:ROWS], cfg.cache_gb)
         model, tokenizer = train.load(cfg, device, torch.float32)
         train.adapt(cfg, model)
-        split.project(model, tokenizer)
+        split.hear(model, tokenizer)
         file = out / f"base-{sft_steps}.json"
         if not file.exists():
             validation = data.Split("validation", rows["validation"], cfg.cache_gb)
-            validation.project(model, tokenizer)
+            validation.hear(model, tokenizer)
             reached = round(train.greedy_bleu(model, tokenizer, validation, cfg), 2)
             keep(file, {"sft_steps": sft_steps, "validation BLEU greedy": reached})
         every = list(range(len(split.rows)))

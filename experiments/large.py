@@ -136,13 +136,13 @@ def open_side(size: str, out: Path, base_seed: int) -> Side:
 
 
 def listen(split: data.Split, model, tokenizer, kind: str):
-    """Encoder frames are computed once, for all runs; audio embeddings once in a run, unless SFT
-    trains the projector."""
-    split.encode(model)
-    split.tokenizer = tokenizer
-    split.sounds = lambda indices: model.project(split.frames(indices))
-    if not is_sft(kind):
-        split.sounds = split.cache("projecting", split.sounds)
+    """Audio embeddings are computed once in a run, unless SFT trains the projector."""
+    if is_sft(kind):
+        split.tokenizer = tokenizer
+        frames = split.cache("encoding", lambda indices: model.encode(split.mels(indices)))
+        split.audio = lambda indices: model.project(frames(indices))
+    else:
+        split.hear(model, tokenizer)
 
 
 def held(parameters: dict):

@@ -515,8 +515,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
         model, tokenizer = train.load(cfg, torch.device("cpu"), torch.float32, adapter_folder)
         assert tokenizer.system[0]["content"] == "Hm."
         assert not any(m.training for m in model.modules())
-        test.frames = None  # of the other model
-        test.project(model, tokenizer)
+        test.hear(model, tokenizer)
         greedy = [row["greedy"] for row in read_json_lines(whole / f"predictions-{file}.jsonl")]
         assert greedy == train.answer(model, tokenizer, test, cfg)
         ask.main([str(whole), *asking])

@@ -24,7 +24,7 @@ def ask(run: Path, audio: str, question: str, samples: int, reference: str, devi
     row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
     split = data.Split("asked", [row], cfg.cache_gb)
     model, tokenizer = train.load(cfg, torch_device, dtype, cfg.resume_adapter)
-    split.project(model, tokenizer)
+    split.hear(model, tokenizer)
     print(train.answer(model, tokenizer, split, cfg)[0])
     if samples == 0:
         return
