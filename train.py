@@ -312,6 +312,11 @@ def learning_rate(peak: float, warmup: float, progress: float) -> float:
     return peak * (0.1 + 0.9 * cosine)
 
 
+def seed_dropout(seed: int, step: int):
+    """Dropout's random numbers, keyed by step and process: a resumed run repeats them."""
+    torch.manual_seed(int(np.random.default_rng([seed, step, rank()]).integers(2**31)))
+
+
 class Updater:
     """AdamW that clips the gradient's norm, skips gradients that are not finite, and gives up after
     ten of them in a row."""
@@ -800,16 +805,21 @@ def sync(path: Path):
 # gradients, whose mean is all that travels, are small.
 
 
-def launched() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK of the environment; (0, 1, 0) where there are none."""
+def join_processes(device: torch.device):
+    """Join those that torchrun started beside this one, if it did."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
     if given[:2] == [None, None]:
-        return 0, 1, 0
+        return
     if not all(value and value.isdecimal() for value in given) or int(given[0]) >= int(given[1]):
         told = ", ".join(f"{name}={value}" for name, value in zip(names, given))
         raise UserError(f"{told}: torchrun sets all three to numbers; start with it, or unset them")
-    return int(given[0]), int(given[1]), int(given[2])
+    if int(given[1]) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(given[2]))
+        # No early time-out: the others wait while the first trains a base, or evaluates.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def rank() -> int:
@@ -820,19 +830,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def average(tensors: list[torch.Tensor]):
+def average(tensors):
     """In place, the mean over the processes."""
     if world() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        means = (flat / world()).split([tensor.numel() for tensor in tensors])
-        for tensor, mean in zip(tensors, means):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def seed_dropout(seed: int, step: int):
-    """Dropout's random numbers, keyed by step and process: a resumed run repeats them."""
-    torch.manual_seed(int(np.random.default_rng([seed, step, rank()]).integers(2**31)))
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= world()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -947,7 +950,6 @@ def check_flags(parser: argparse.ArgumentParser, cfg: Config):
 
 def main(argv=None):
     began = time.time()
-    number, processes, local = launched()
     cfg, eval_only = parse(argv)
     device, dtype = pick(cfg)
     if cfg.init:
@@ -955,28 +957,22 @@ def main(argv=None):
         if not all(file.exists() for file in files):
             lacks = "no folder with a checkpoint's config.json and tokenizer.json"
             raise UserError(f"--init {cfg.init}: this is {lacks}")
-    if processes > 1:
-        if eval_only or cfg.update_prompts % processes:
-            shares = f"must share update_prompts ({cfg.update_prompts}) evenly"
-            raise UserError(f"{processes} processes only train, and {shares}")
-        backend = "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(local)
-            backend = "nccl"
-        # No early time-out: the others wait while the first trains a base, or evaluates.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    join_processes(device)
+    if world() > 1 and (eval_only or cfg.update_prompts % world()):
+        shares = f"must share update_prompts ({cfg.update_prompts}) evenly"
+        raise UserError(f"{world()} processes only train, and {shares}")
     if eval_only:
         evaluate_only(cfg, cfg.run_folder, device, dtype)
         return
     with contextlib.ExitStack() as stack:
-        if number > 0:  # only the first process writes and speaks
+        if rank() > 0:  # only the first process writes and speaks
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         corpus = load_rows(cfg)  # checked whole before anything is written
-        if number == 0:
+        if rank() == 0:
             stack.enter_context(lock(cfg.run_folder, wait=False))
         run(cfg, corpus, device, dtype, began)
-    if processes > 1:
+    if world() > 1:
         dist.destroy_process_group()
 
 
