@@ -372,8 +372,10 @@ def load_corpus(
     for split in splits:
         file = folder / f"{split}.jsonl"
         if not file.is_file():
-            wanted = "a corpus is a folder with train.jsonl, validation.jsonl, test.jsonl"
-            raise DataError(f"{file} is missing: {wanted}")
+            raise DataError(
+                f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, "
+                "test.jsonl"
+            )
         lines = file.read_bytes().splitlines()
         if not any(line.strip() for line in lines):
             raise DataError(f"{file} has no rows")
@@ -448,8 +450,9 @@ def check_recording(path: Path, max_seconds: float):
         least = 1000 * WINDOW // SAMPLE_RATE
         raise DataError(f"{path} is empty, cut short, not finite, or under {least} ms")
     if seconds > max_seconds:
-        limit = f"the limit is --max-audio-seconds {max_seconds:g}"
-        raise DataError(f"{path} lasts {seconds:.1f} s; {limit}")
+        raise DataError(
+            f"{path} lasts {seconds:.1f} s; the limit is --max-audio-seconds {max_seconds:g}"
+        )
 
 
 def fingerprint(rows: list[dict]) -> str:

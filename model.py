@@ -918,8 +918,7 @@ class SpeechLM(nn.Module):
             with torch.device("meta"):
                 return cls(SpeechConfig.from_dict(config))
         except (KeyError, TypeError, ValueError) as error:
-            problem = f"is of no model that this code knows: {error!r}"
-            raise ValueError(f"{file} {problem}") from None
+            raise ValueError(f"{file} is of no model that this code knows: {error!r}") from None
 
 
 def pad_ragged(tensors: list[torch.Tensor], device):

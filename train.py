@@ -144,6 +144,10 @@ class Config:
         return Path(self.init or self.base or beside_the_run)
 
 
+# What a random stream is for: the second number of its seed.
+CTC_ORDER, SFT_ORDER, EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(1, 8)
+
+
 # --------------------------------------------------------------------------------------------------
 # The loop: rollouts, rewards, credit, reference, updates, what there is to see
 
@@ -194,7 +198,9 @@ def train_policy(
             # Rollouts: K responses to each prompt, from the model as it is; LoRA on, dropout off.
             model.eval()
             numbers, indices = draw_prompts(cfg, step, len(train.rows))  # P of each
-            u = data.noise([cfg.seed, 5], numbers, cfg.responses, cfg.max_new_tokens, model.device)
+            u = data.noise(
+                [cfg.seed, ROLLOUTS], numbers, cfg.responses, cfg.max_new_tokens, model.device
+            )
             with torch.no_grad():
                 prompts = train.prompts(model, indices)
             rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
@@ -279,7 +285,7 @@ def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int
     start = step * cfg.prompts
     own = slice(rank(), None, world())
     numbers = list(range(start, start + cfg.prompts))[own]
-    return numbers, data.order(rows, [cfg.seed, 4], start, cfg.prompts)[own]
+    return numbers, data.order(rows, [cfg.seed, PROMPT_ORDER], start, cfg.prompts)[own]
 
 
 @torch.no_grad()
@@ -340,8 +346,9 @@ class Updater:
             self.skipped += 1
             tqdm.write(f"skipped an update: gradient norm {norm} ({self.skipped} in a row)")
             if self.skipped == 10:
-                fix = "lower the learning rate, or --dtype float32"
-                raise UserError(f"10 updates in a row were not finite; {fix}")
+                raise UserError(
+                    "10 updates in a row were not finite; lower the learning rate, or --dtype float32"
+                )
         self.adam.zero_grad(set_to_none=True)
         return norm
 
@@ -396,7 +403,7 @@ def train_ctc(cfg: Config, model: SpeechLM, train: data.Split, transcripts, fold
     with Log("ctc", folder, cfg.ctc_steps, state, updater.adam, cfg.save_every) as log:
         for step in range(log.start, cfg.ctc_steps):
             start = step * cfg.base_batch
-            order = data.order(len(spoken), [cfg.base_seed, 1], start, cfg.base_batch)
+            order = data.order(len(spoken), [cfg.base_seed, CTC_ORDER], start, cfg.base_batch)
             rows = [spoken[i] for i in order]
             mel, lengths = pad_ragged(train.mels(rows), model.device)  # (B, T, 160), (B,)
             frames, middle_logits = encoder(mel, lengths)
@@ -433,7 +440,7 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
     with Log("sft", folder, cfg.sft_steps, state, updater.adam, cfg.save_every) as log:
         for step in range(log.start, cfg.sft_steps):
             start = step * cfg.base_batch
-            rows = data.order(len(answers), [cfg.base_seed, 2], start, cfg.base_batch)
+            rows = data.order(len(answers), [cfg.base_seed, SFT_ORDER], start, cfg.base_batch)
             frames = kept_frames(rows) if freeze_encoder else model.encode(train.mels(rows))
             audio = model.project(frames)
             prompts = model.embed_prompts([prompt_ids[i] for i in rows], audio)
@@ -466,15 +473,18 @@ def load(cfg: Config, device, dtype, adapter=""):
             try:
                 import released  # only now, for it needs packages that nothing else does
             except ImportError as error:
-                fix = f"a released checkpoint needs {error.name}: pip install -r requirements.txt"
-                raise UserError(f"{folder}: {fix}") from None
+                raise UserError(
+                    f"{folder}: a released checkpoint needs {error.name}; "
+                    "fix: pip install -r requirements.txt"
+                ) from None
             tokenizer = released.ChatTokenizer(folder, cfg.system_prompt)
             model = released.load_model(folder, device, dtype)
         if adapter:
             load_adapter(model, adapter)
         if tokenizer.audio_id != model.config.audio_token_index:
-            differs = f"config.json's audio_token_index is not {data.AUDIO} of its tokenizer"
-            raise ValueError(f"{folder}: {differs}")
+            raise ValueError(
+                f"{folder}: config.json's audio_token_index is not {data.AUDIO} of its tokenizer"
+            )
         tokenizer.encode_prompt(data.AUDIO + "?")  # a chat template that fails must fail now
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -539,7 +549,7 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
     passes = []
     title = "sampled passes over the test split"
     for n in tqdm(range(cfg.eval_passes), desc=title, leave=False, disable=None):
-        seed = (cfg.base_seed, 3, n)
+        seed = (cfg.base_seed, EVALUATION, n)
         passes.append(answer(model, tokenizer, split, cfg, temperature=0.9, top_p=0.9, seed=seed))
     swapped = None
     if any("slots" in row for row in rows):
@@ -573,9 +583,11 @@ def show_examples(title: str, model, tokenizer, split: data.Split, cfg: Config, 
     their credit."""
     indices = list(range(min(count, len(split.rows))))
     prompts = split.prompts(model, indices)
-    u = data.noise([0], indices, 1, cfg.max_new_tokens, model.device)
+    u = torch.zeros(len(indices), 1, cfg.max_new_tokens, device=model.device)  # no noise
     greedy = model.sample(prompts, u, tokenizer.eos_id, temperature=0.0)
-    u = data.noise([cfg.base_seed, 6], indices, cfg.responses, cfg.max_new_tokens, model.device)
+    u = data.noise(
+        [cfg.base_seed, EXAMPLES], indices, cfg.responses, cfg.max_new_tokens, model.device
+    )
     rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
     print(f"\n{title}")
     for n, i in enumerate(indices):
@@ -686,8 +698,10 @@ class Log:
             os.fsync(self.file.fileno())
             save_checkpoint(self.checkpoints, done, self.named, self.optimizer, self.rule)
         if stopping:
-            place = f"step {done} of {self.steps} in {self.checkpoints}"
-            tqdm.write(f"saved {place}; the same command goes on from there")
+            tqdm.write(
+                f"saved step {done} of {self.steps} in {self.checkpoints}; "
+                "the same command goes on from there"
+            )
             raise SystemExit(128 + (self.stop_signals or [signal.SIGTERM])[0])
 
 
@@ -787,8 +801,9 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fix = "restore it, or remove its folder and start again"
-        raise DataError(f"{path} cannot be read ({error}); {fix}") from None
+        raise DataError(
+            f"{path} cannot be read ({error}); restore it, or remove its folder and start again"
+        ) from None
 
 
 def sync(path: Path):
@@ -884,8 +899,9 @@ def evaluated(given: dict) -> Config:
     if (folder / "results.json").exists():
         return finished(folder, given)
     if (folder / "config.json").exists():
-        unfinished = "holds an unfinished run: train it to its end, or choose another --out"
-        raise UserError(f"{folder} {unfinished}")
+        raise UserError(
+            f"{folder} holds an unfinished run: train it to its end, or choose another --out"
+        )
     return cfg
 
 
@@ -938,14 +954,18 @@ def check_flags(parser: argparse.ArgumentParser, cfg: Config):
     if cfg.grad_clip == 0:
         parser.error("grad_clip must be above 0, or no gradient is left")
     if cfg.warmup >= 1 or cfg.lora_dropout >= 1:
-        given = f"{cfg.warmup} and {cfg.lora_dropout}"
-        parser.error(f"warmup and lora_dropout must be below 1, not {given}")
+        parser.error(
+            f"warmup and lora_dropout must be below 1, not {cfg.warmup} and {cfg.lora_dropout}"
+        )
     if cfg.prompts % cfg.update_prompts:
-        wanted = f"a multiple of update_prompts ({cfg.update_prompts})"
-        parser.error(f"prompts ({cfg.prompts}) must be {wanted}")
+        parser.error(
+            f"prompts ({cfg.prompts}) must be a multiple of update_prompts ({cfg.update_prompts})"
+        )
     if not 0 < cfg.top_p <= 1 or cfg.temperature == 0:
-        given = f"{cfg.top_p} and {cfg.temperature}"
-        parser.error(f"top_p must lie in (0, 1] and temperature above 0, not {given}")
+        parser.error(
+            "top_p must lie in (0, 1] and temperature above 0, "
+            f"not {cfg.top_p} and {cfg.temperature}"
+        )
 
 
 def main(argv=None):
@@ -955,12 +975,16 @@ def main(argv=None):
     if cfg.init:
         files = (cfg.base_folder / "config.json", cfg.base_folder / "tokenizer.json")
         if not all(file.exists() for file in files):
-            lacks = "no folder with a checkpoint's config.json and tokenizer.json"
-            raise UserError(f"--init {cfg.init}: this is {lacks}")
+            raise UserError(
+                f"--init {cfg.init}: this is no folder with a checkpoint's config.json and "
+                "tokenizer.json"
+            )
     join_processes(device)
     if world() > 1 and (eval_only or cfg.update_prompts % world()):
-        shares = f"must share update_prompts ({cfg.update_prompts}) evenly"
-        raise UserError(f"{world()} processes only train, and {shares}")
+        raise UserError(
+            f"{world()} processes only train, and must share update_prompts "
+            f"({cfg.update_prompts}) evenly"
+        )
     if eval_only:
         evaluate_only(cfg, cfg.run_folder, device, dtype)
         return

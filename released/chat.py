@@ -36,8 +36,9 @@ class ChatTokenizer:
         self.eos_id = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
         self.audio_id = self.tokenizer.token_to_id(AUDIO)
         if self.eos_id is None or self.audio_id is None:
-            lacking = f"no eos_token in tokenizer_config.json, or no {AUDIO} in tokenizer.json"
-            raise DataError(f"{folder}: {lacking}")
+            raise DataError(
+                f"{folder}: no eos_token in tokenizer_config.json, or no {AUDIO} in tokenizer.json"
+            )
         self.system = []
         if system_prompt:
             self.system = [{"role": "system", "content": system_prompt}]
@@ -55,12 +56,14 @@ class ChatTokenizer:
         except jinja2.TemplateError as error:
             raise DataError(f"the checkpoint's chat template fails: {error}") from None
         if self.system and self.system[0]["content"] not in text:
-            no_place = "has no place for a system prompt: go on without it"
-            raise DataError(f"the checkpoint's chat template {no_place}")
+            raise DataError(
+                "the checkpoint's chat template has no place for a system prompt: go on without it"
+            )
         ids = self.tokenizer.encode(text).ids
         if ids.count(self.audio_id) != 1:
-            made = f"turns {prompt!r} into a prompt without one {AUDIO}: {text!r}"
-            raise DataError(f"the chat template {made}")
+            raise DataError(
+                f"the chat template turns {prompt!r} into a prompt without one {AUDIO}: {text!r}"
+            )
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -78,8 +81,9 @@ def chat_template(folder: Path, settings: dict) -> str:
     if (folder / "chat_template.jinja").exists():
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if not source:
-        places = "neither chat_template.jinja nor in tokenizer_config.json"
-        raise DataError(f"{folder}: no chat template, {places}")
+        raise DataError(
+            f"{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json"
+        )
     return source
 
 

@@ -28,7 +28,7 @@ def ask(run: Path, audio: str, question: str, samples: int, reference: str, devi
     print(train.answer(model, tokenizer, split, cfg)[0])
     if samples == 0:
         return
-    u = data.noise([cfg.seed, 7], [0], samples, cfg.max_new_tokens, model.device)
+    u = data.noise([cfg.seed, train.ASKED], [0], samples, cfg.max_new_tokens, model.device)
     prompts = split.prompts(model, [0])
     rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
     tokens, lengths, surprisal = rollout.tokens[0], rollout.lengths[0], -rollout.logq[0]
