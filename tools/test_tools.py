@@ -1,5 +1,6 @@
 """tools.ask, on a run in miniature."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -98,3 +99,15 @@ def test_ask_is_a_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "no finished run" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_readmes_lines_answer_from_python(first_run, capsys):
+    """What the README shows to load a run and ask it says what tools.ask says."""
+    recording = str(first_run / "example.wav")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(from pathlib import Path.*?)```", readme, re.DOTALL)[1]
+    code = code.replace("runs/qa-leaf-seed0", str(first_run)).replace("clip.wav", recording)
+    exec(code, {})
+    said = capsys.readouterr().out
+    ask.main([str(first_run), recording, "What happened?"])
+    assert said == capsys.readouterr().out and said.strip()
