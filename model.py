@@ -34,6 +34,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import lora_rounded, read_tensors
 
+# All attention here has a mask, and its shapes differ from batch to batch. cuDNN's kernels, which
+# PyTorch prefers on recent cards, plan for every new shape anew, which takes up to a second, and
+# keep each plan for good; the memory-efficient ones do not.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # --------------------------------------------------------------------------------------------------
 # Shape of the model. Field names and file format are those of a Granite Speech config.json.
 
@@ -210,6 +215,8 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """BatchNorm over real frames only: in training, padded frames enter no statistic."""
 
     def forward(self, x, mask):  # (B, T, C) -> (B, T, C)
+        if not self.training:  # its statistics are given, so padded frames do no harm
+            return super().forward(x.flatten(0, 1)).view_as(x)
         out = torch.zeros_like(x)
         out[mask] = super().forward(x[mask])
         return out
@@ -767,13 +774,14 @@ class SpeechLM(nn.Module):
         """Log-mels (T, 160) -> encoder frames (T, C) each."""
         mel, lengths = pad_ragged(mels, self.device)
         frames, _ = self.encoder(mel.to(self.projector.query.dtype), lengths)
-        return [f[:n].clone() for f, n in zip(frames, lengths.tolist())]
+        return [f[: len(m)].clone() for f, m in zip(frames, mels)]
 
     def project(self, frames: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encoder frames (T, C) -> audio embeddings (N, C_text) each."""
+        counts = [self.projector.count(len(f)) for f in frames]
         frames, lengths = pad_ragged(frames, self.device)
-        audio, counts = self.projector(frames.to(self.projector.query.dtype), lengths)
-        return [a[:n].clone() for a, n in zip(audio, counts.tolist())]
+        audio, _ = self.projector(frames.to(self.projector.query.dtype), lengths)
+        return [a[:n].clone() for a, n in zip(audio, counts)]
 
     def embed_prompts(self, prompt_ids: list[list[int]], audio: list[torch.Tensor]) -> Prompts:
         """Token ids with one audio token each, whose place the audio embeddings (N, C) take."""
@@ -782,11 +790,11 @@ class SpeechLM(nn.Module):
         for ids, sound in zip(prompt_ids, audio):
             at = ids.index(self.config.audio_token_index)
             sound = sound.to(self.device, self.dtype)
-            ids = torch.tensor(ids, device=self.device)
+            ids = to_device(ids, self.device)
             rows.append(torch.cat((embed(ids[:at]), sound, embed(ids[at + 1 :]))))
         x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         L = x.shape[1]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        lengths = to_device([len(row) for row in rows], self.device)
         return Prompts(x, torch.arange(L, device=self.device) >= L - lengths[:, None])
 
     # ---- scoring
@@ -810,7 +818,7 @@ class SpeechLM(nn.Module):
         positions = torch.cat((prompts.positions, last_position + depths), dim=1)
         mask = F.pad(prompts.mask, (0, N, 0, N))  # (P, L + N, L + N)
         mask[:, L:, :L] = prompts.valid[:, None]
-        mask[:, L:, L:] = torch.from_numpy(sees).to(self.device)
+        mask[:, L:, L:] = to_device(sees, self.device)
         hidden = decoder(x, positions, mask)
 
         # Input i of prompt p stands at place L - 1 + i of row p, and predicts what is scored there.
@@ -822,8 +830,8 @@ class SpeechLM(nn.Module):
             targets += [token for _, token in tree.scored]
             paths += [[n_scored + i for i in path] for path in tree.paths]
             n_scored += len(tree.scored)
-        predicting = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)]
-        logp = self.token_logp(predicting, torch.tensor(targets, device=self.device))
+        predicting = hidden.flatten(0, 1)[to_device(places, self.device)]
+        logp = self.token_logp(predicting, to_device(targets, self.device))
         logp = F.pad(logp, (0, 1))  # one more place, for the zeros past a response's end
         T = max(tree.width for tree in trees)
         return logp[self._rectangle(paths, T, fill=n_scored)].unflatten(0, (P, -1))
@@ -831,7 +839,7 @@ class SpeechLM(nn.Module):
     def _rectangle(self, rows: list[list[int]], width: int, fill: int = 0) -> torch.Tensor:
         """Ragged rows -> (rows, width) on the device."""
         filled = [row + [fill] * (width - len(row)) for row in rows]
-        return torch.tensor(filled, dtype=torch.int64, device=self.device)
+        return to_device(np.array(filled, dtype=np.int64), self.device)
 
     def token_logp(self, hidden, tokens, max_logits: int = 2**25):
         """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict.
@@ -923,6 +931,14 @@ class SpeechLM(nn.Module):
 
 def pad_ragged(tensors: list[torch.Tensor], device):
     """Ragged (n, ...) tensors -> (B, n_max, ...) with zeros, lengths (B,)."""
-    lengths = torch.tensor([len(tensor) for tensor in tensors], device=device)
-    padded = [tensor.to(device) for tensor in tensors]
-    return nn.utils.rnn.pad_sequence(padded, batch_first=True), lengths
+    lengths = to_device([len(tensor) for tensor in tensors], device)
+    return to_device(nn.utils.rnn.pad_sequence(tensors, batch_first=True), device), lengths
+
+
+def to_device(values, device: torch.device) -> torch.Tensor:
+    """Numbers or a tensor, on the device. An ordinary copy to a GPU first waits until all that was
+    asked of it is done; one from page-locked memory does not."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -51,7 +51,7 @@ from lora import (
     lora_parameters,
     save_adapter,
 )
-from model import PrefixTree, SpeechConfig, SpeechLM, pad_ragged
+from model import PrefixTree, SpeechConfig, SpeechLM, pad_ragged, to_device
 
 try:
     import resource  # memory used, on systems that have it
@@ -223,7 +223,7 @@ def train_policy(
                 given, boundaries = credit(cfg, tokens, lengths, surprisal[p], rewards[p])
                 advantages.append(given)
                 forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
-            advantages = torch.stack(advantages).to(model.device)  # (P, K, T)
+            advantages = to_device(torch.stack(advantages), model.device)  # (P, K, T)
             credited = time.perf_counter()
 
             # Reference: log-probabilities under the base, of what was sampled.
@@ -237,7 +237,9 @@ def train_policy(
             # Updates: some prompts per optimiser step, fewer per forward pass.
             for layer in lora_layers(model).values():
                 layer.train()  # its dropout, and nobody else's
-            statistics = []  # of each update
+            statistics = []  # of each update, on the device: to read them is to wait for it
+            grad_norms = []
+            rates = []
             for n in range(updates):
                 parts = []
                 for at in micro_batches(n * own_prompts, (n + 1) * own_prompts, cfg.micro_prompts):
@@ -248,21 +250,25 @@ def train_policy(
                     loss, part = leaf.policy_loss(*flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
                     weight = len(logp) / own_prompts  # its share of the update's responses
                     (loss * weight).backward()
-                    parts.append({name: weight * value for name, value in part.items()})
+                    parts.append(weight * torch.stack(list(part.values())))
                 average([p.grad for p in parameters.values()])
                 progress = (step * updates + n + 1) / (cfg.steps * updates)
-                lr = learning_rate(cfg.lr, cfg.warmup, progress)
-                grad_norm = updater.step(lr)
-                sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
-                statistics.append({**sums, "grad_norm": grad_norm, "lr": lr})
+                rates.append(learning_rate(cfg.lr, cfg.warmup, progress))
+                grad_norms.append(updater.step(rates[-1]))
+                statistics.append(sum(parts))
 
             # What there is to see: metrics, and now and then the validation split.
             model.eval()
+            names = list(part)
+            statistics = torch.stack(statistics).tolist()
             seconds = time.perf_counter() - began
-            metrics = {k: float(np.mean([s[k] for s in statistics])) for k in statistics[0]}
+            metrics = dict(zip(names, np.mean(statistics, axis=0).tolist()))
             metrics |= leaf.group_stats(rewards, forks)
+            first_gap = statistics[0][names.index("ratio_gap")]
             metrics |= {
-                "first_ratio_gap": statistics[0]["ratio_gap"],  # sampler against scorer: rounding
+                "grad_norm": float(np.mean(grad_norms)),
+                "lr": float(np.mean(rates)),
+                "first_ratio_gap": first_gap,  # sampler against scorer: rounding
                 "response_length": float(on_host.lengths.float().mean()),
                 "seconds": seconds,
                 "sampling_share": (sampled - began) / seconds,
@@ -680,8 +686,8 @@ class Log:
         where there are any. Save when it is time, or when somebody was asked to stop, and stop."""
         stopping = len(self.stop_signals)
         if self.processes > 1:  # all stop, or the others would wait for ever
-            values = torch.tensor([*metrics.values(), stopping], dtype=torch.float64)
-            values = values.to(next(iter(self.named.values())).device)
+            device = next(iter(self.named.values())).device
+            values = torch.tensor([*metrics.values(), stopping], device=device)
             average([values])
             *means, stopping = values.tolist()
             metrics = dict(zip(metrics, means))
@@ -820,21 +826,28 @@ def sync(path: Path):
 # gradients, whose mean is all that travels, are small.
 
 
-def join_processes(device: torch.device):
-    """Join those that torchrun started beside this one, if it did."""
+def local_rank() -> int:
+    """Which of this machine's processes this is, and so which GPU is its own; alone: 0."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
     if given[:2] == [None, None]:
-        return
+        return 0
     if not all(value and value.isdecimal() for value in given) or int(given[0]) >= int(given[1]):
         told = ", ".join(f"{name}={value}" for name, value in zip(names, given))
         raise UserError(f"{told}: torchrun sets all three to numbers; start with it, or unset them")
-    if int(given[1]) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(given[2]))
+    return int(given[2])
+
+
+def join_processes(device: torch.device):
+    """Join those that torchrun started beside this one, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        on_gpus = device.type == "cuda"
         # No early time-out: the others wait while the first trains a base, or evaluates.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(
+            "nccl" if on_gpus else "gloo",
+            timeout=datetime.timedelta(days=1),
+            device_id=device if on_gpus else None,
+        )
 
 
 def rank() -> int:
@@ -858,20 +871,62 @@ def average(tensors):
 
 
 def pick(cfg: Config) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of the policy on it."""
+    """The device, and the dtype of the policy on it. Raises UserError where it cannot be used."""
+    number = local_rank()
     best = "cpu"
     if torch.cuda.is_available():
         best = "cuda"
     elif torch.backends.mps.is_available():
         best = "mps"
+    elif cfg.device != "cpu" and number == 0:
+        tell_why_no_gpu()
     if cfg.device not in ("auto", "cpu", best):
         raise UserError(f"--device {cfg.device}: this torch sees no such device here")
-    device = best if cfg.device == "auto" else cfg.device
+    kind = best if cfg.device == "auto" else cfg.device
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device(kind, number)  # by number, or every process would take the first
+        use_card(device)
     dtype = cfg.dtype
     if dtype == "auto":
-        has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+        # A card without bfloat16 emulates it, more slowly than it computes in float32.
+        has_bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bf16 else "float32"
-    return torch.device(device), getattr(torch, dtype)
+    return device, getattr(torch, dtype)
+
+
+def use_card(device: torch.device):
+    """Make a GPU the current one, and see that it runs something."""
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise UserError(
+            f"process {device.index} of this machine has no GPU of its own: there are {count}; "
+            f"start torchrun with --nproc_per_node={count}, or use --device cpu"
+        )
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) cannot run "
+            f"this PyTorch {torch.__version__}: {reason}. Install a build for the card from "
+            "pytorch.org, choose another card with CUDA_VISIBLE_DEVICES, or use --device cpu"
+        ) from None
+
+
+def tell_why_no_gpu():
+    """Say why PyTorch does not see the card of a machine that has one, before hours on the CPU."""
+    if not shutil.which("nvidia-smi"):
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the driver's fault, or a build without CUDA
+        reason = str(error).splitlines()[0]
+        print(
+            f"note: there is an NVIDIA driver, but this is for the CPU, since to PyTorch {reason!r}"
+        )
 
 
 def finished(folder: Path, given: dict) -> Config:

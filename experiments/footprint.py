@@ -19,9 +19,12 @@ contents, through all layers, and a meter adds up what is alive at every operati
 attention keeps for the backward pass what CUDA's fused kernels keep: queries, keys, values, output,
 mask, and a number per row. Where the CPU's differ or ask for contents, replacements stand in. No
 token is padding, and no two responses share a prefix: the largest case. A fake rollout stops after
-its second token, by when cache, prefill and logits were there, all that is large in it. Not
-counted: memory inside kernels, what the allocator holds for a CUDA graph, fragmentation and CUDA's
-context, for which the column "with allowance" adds a tenth and 0.5 GB.
+its second token, by when cache, prefill and logits were there, all that is large in it. Beside the
+parts stands what a run holds all the time: the audio embeddings that it keeps (as much as the
+default --cache-gb lets it, of the training rows, and those of 96 validation and 300 test rows), the
+pool of a CUDA graph, which keeps what a decoding step needs after the graph is gone, and cuBLAS's
+workspaces. Not counted: memory inside kernels, fragmentation and CUDA's context, for which the
+column "with allowance" adds a tenth and 0.5 GB.
 
 Time: references and updates are their floating-point operations, also counted by the meter, at 40%
 of the GPU's published dense bf16 rate, and not faster than Python builds the trees and launches the
@@ -70,6 +73,7 @@ from model import (
     TextConfig,
     head_dim,
 )
+from train import Config
 
 # As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder,
 # projector) and granite-3.1-8b-instruct say (decoder). Parameters come to 2.31, 3.01 (as published)
@@ -99,6 +103,9 @@ GPUS = {
 }
 # Seconds from one kernel of a CUDA graph to the next, where they are short: assumed.
 LAUNCH = 2.5e-6
+# GB: of cuBLAS and cuBLASLt, on the usual stream and on the one where a graph is captured; 32 MiB
+# each is what NVIDIA recommends for Hopper, and 4 for older cards.
+WORKSPACES = 4 * 2**25 / 1e9
 PROMPTS = 6
 RESPONSES = 8
 TOKENS = 200
@@ -223,11 +230,11 @@ def measure(config: SpeechConfig, device: str, seconds: int, T: int) -> dict:
             for i in range(PROMPTS):
                 update(model, adam, prompts[[i]], trees[i], ref_logp[i])
     parameters = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return {
-        "parameters": parameters,
-        "peak_gb": peak,
-        "seconds": {torch.cuda.get_device_name(): took} if gpu else took,
-    }
+    measured = {"parameters": parameters, "peak_gb": peak, "seconds": took}
+    if gpu:
+        measured["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        measured["seconds"] = {torch.cuda.get_device_name(): took}
+    return measured
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,12 +275,13 @@ def compute(config: SpeechConfig, host: dict) -> dict:
     takes, for sampling a token's, for others the least of the part."""
     # Of plain numbers, which fake tensors do not have. All tokens are different.
     tree = grow(torch.arange(RESPONSES * TOKENS).view(RESPONSES, TOKENS))
-    # Operators so far, whenever sample() asks whether all responses have ended: they have after the
-    # second token.
+    # What the meter says whenever sample() asks whether all responses have ended: before the second
+    # token, and after it, when they have.
     asked = []
 
     def have_ended(done):
-        asked.append(meter.kernels)
+        asked.append((meter.kernels, meter.live, meter.peak))
+        meter.peak = meter.live
         return len(asked) > 1
 
     with contextlib.ExitStack() as stack:
@@ -315,14 +323,21 @@ def compute(config: SpeechConfig, host: dict) -> dict:
             meter.peak = meter.live
             meter.flops = 0
             run()
+            if name == "sampling":
+                (before, live, prefill), (after, _, step) = asked
+                kernels = after - before
+                pool = step - live
+                meter.peak = max(prefill, step)
             peak[name] = meter.peak / 1e9
             flops[name] = meter.flops * PROMPTS
     width = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim(c)
     cache = 2 * width * PROMPTS * RESPONSES * (prompts.x.shape[1] + TOKENS)  # bytes
-    kernels = asked[1] - asked[0]
+    recording = 2 * count * c.hidden_size / 1e9  # GB of its embeddings
+    kept = Config.cache_gb + (Config.validation_rows + Config.test_rows) * recording
+    held = {"embeddings": kept, "graph": pool / 1e9, "workspaces": WORKSPACES}
     seconds = {}
     for gpu, (memory, bandwidth, rate) in GPUS.items():
-        if 1.1 * max(peak.values()) + 0.5 <= memory:
+        if with_allowance(peak, held) <= memory:
             least = {name: flops[name] / (0.4 * rate) for name in ("reference", "update")}
             token = max(LAUNCH * kernels, (2 * decoder + 2 * lora + cache) / 1e9 / bandwidth)
             # Two tokens and the capture, then replays.
@@ -336,19 +351,27 @@ def compute(config: SpeechConfig, host: dict) -> dict:
         "kernels": kernels,
     }
     tflop = {name: flops[name] / 1e12 for name in PARTS[2:]}
-    return {**sizes, "peak_gb": peak, "tflop": tflop, "seconds": seconds}
+    return {**sizes, "peak_gb": peak, "held_gb": held, "tflop": tflop, "seconds": seconds}
+
+
+def with_allowance(peak: dict, held: dict) -> float:
+    """GB: the largest part, what is held all the time, and room for what was not counted."""
+    return 1.1 * (max(peak.values()) + sum(held.values())) + 0.5
 
 
 def show(step: dict):
     gpus = list(dict.fromkeys(gpu for shape in step["shapes"].values() for gpu in shape["seconds"]))
-    heads = ["model", "parameters", *(f"{part}, GB" for part in PARTS), "with allowance, GB", *gpus]
+    parts = [f"{part}, GB" for part in PARTS]
+    heads = ["model", "parameters", *parts, "held, GB", "with allowance, GB", *gpus]
     print(f"\n{step['how']}; a step's seconds are sampling + reference + update\n")
     print("| " + " | ".join(heads) + " |")
     print("|---" * len(heads) + "|")
     for name, shape in step["shapes"].items():
-        peak = [shape["peak_gb"][part] for part in PARTS]
+        peak = shape["peak_gb"]
+        held = shape.get("held_gb", {})
         cells = [name, f"{shape['parameters'] / 1e9:.2f}e9"]
-        cells += [f"{gb:.1f}" for gb in [*peak, 1.1 * max(peak) + 0.5]]
+        memory = [*(peak[part] for part in PARTS), sum(held.values()), with_allowance(peak, held)]
+        cells += [f"{gb:.1f}" for gb in memory]
         for gpu in gpus:
             if gpu not in shape["seconds"]:
                 cells.append("too small")
