@@ -1,6 +1,7 @@
 """The methods that the experiments compare, and the statistics they report."""
 
 import itertools
+import json
 import math
 import random
 import types
@@ -14,7 +15,7 @@ import torch.nn as nn
 import leaf
 import train
 from data import UserError
-from experiments import compare, credit, large, methods
+from experiments import compare, credit, gpu, large, methods
 from model import Rollout
 from test_leaf import EOS, pad_responses, read_json_lines, seeded
 
@@ -332,3 +333,28 @@ def test_intervals_of_one_base_are_over_seeds_and_of_several_over_bases():
     several = large.interval({(base, seed): base + 10.0 * seed for base, seed in cells})
     assert (several["mean"], several["units"]) == (10.5, 2)
     assert several["half_width_95"] == pytest.approx(compare.student(1) * 0.5)
+
+
+def test_gpu_measures_what_is_missing(tmp_path):
+    """Parts that are there are not measured again; what does not fit is noted."""
+    calls = []
+
+    def fits(device, runs):
+        calls.append(runs)
+        return {"seconds": 1.0}
+
+    def too_large(device, runs):
+        raise torch.OutOfMemoryError("1 GB")
+
+    def stopped(device, runs):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "gpu.json"
+    parts = {"small": fits, "large": too_large, "last": stopped}
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure_parts(parts, "cpu", tmp_path, file)
+    gpu.measure_parts(parts | {"last": fits}, "cpu", tmp_path, file)
+    found = json.loads(file.read_text())
+    assert calls == [tmp_path] * 2 and found["large"] == "out of memory"
+    assert found["small"] == found["last"] == {"seconds": 1.0}
+    assert found["machine"]["torch"] == torch.__version__
