@@ -8,6 +8,7 @@ sacrebleu, or the same computation done the slow way. A few minutes on two CPU c
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -1974,16 +1976,32 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same_run(a, b):
-    """Weights bit for bit, metrics and results to the last digit."""
+@contextlib.contextmanager
+def stopping_at(update, number=signal.SIGTERM):
+    """A signal arrives during the update of that number."""
+    calls = []
+    step = train.Updater.step
+
+    def interrupted(self, *args):
+        calls.append(None)
+        if len(calls) == update:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Updater, "step", interrupted)
+        yield calls
+
+
+def assert_same_run(a, b, base=True):
+    """Weights bit for bit, the base's too, metrics and results to the last digit."""
     weights_a = adapter(a)
     weights_b = adapter(b)
     assert weights_a.keys() == weights_b.keys()
     assert all(torch.equal(weights_a[k], weights_b[k]) for k in weights_a)
-    base_a, base_b = (
-        load_file(folder.parent / "base-qa-seed0" / "model.safetensors") for folder in (a, b)
-    )
-    assert all(torch.equal(base_a[k], base_b[k]) for k in base_a)
+    if base:
+        base_a, base_b = (load_file(base_of(folder) / "model.safetensors") for folder in (a, b))
+        assert all(torch.equal(base_a[k], base_b[k]) for k in base_a)
     assert repr(metrics(a)) == repr(metrics(b))  # repr: nan equals nan
     results_a, results_b = (train.read_json(folder / "results.json") for folder in (a, b))
     assert repr(results_a["base"]) == repr(results_b["base"])
@@ -1997,59 +2015,252 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 # 3 updates in CTC, then 4 in next-token training, then 8 of the policy.
 @pytest.mark.parametrize("update", [2, 6, 11])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_resumes_exactly(update, number, first_run, tmp_path, monkeypatch):
-    calls = []
-    step = train.Updater.step
-
-    def interrupted(self, *args):
-        calls.append(None)
-        if len(calls) == update:
-            os.kill(os.getpid(), number)
-        return step(self, *args)
-
-    monkeypatch.setattr(train.Updater, "step", interrupted)
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_run_resumes_exactly(update, number, first_run, tmp_path):
+    with pytest.raises(SystemExit) as stop, stopping_at(update, number) as calls:
         train.main(tiny(out=tmp_path / "run"))
     assert stop.value.code == 128 + number and len(calls) < 15
     train.main(tiny(out=tmp_path / "run"))
     assert_same_run(first_run, tmp_path / "run")
 
 
-# Dies without a chance to clean up, at the n-th call of the named function.
-KILLED = """
-import os, sys, train
-module, name, count = {where}
-original = getattr(module, name)
-calls = []
-def dying(*args, **kwargs):
-    calls.append(None)
-    if len(calls) == count:
-        os.kill(os.getpid(), 9)
-    return original(*args, **kwargs)
-setattr(module, name, dying)
-train.main(sys.argv[1:])
-"""
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "(os, 'rename', 5)",  # the base is complete and not yet in its place
-        "(train, 'save_file', 6)",  # in the middle of the policy's second checkpoint
-        "(train.shutil, 'rmtree', 1)",  # while the base's checkpoints are cleaned away
-        "(train.Updater, 'step', 13)",  # between checkpoints, with metrics logged past the last one
-        "(train, 'write_json', 4)",  # CTC's last checkpoint, without its step
-    ],
-)
-def test_kill_9_at_any_moment_loses_nothing(where, first_run, tmp_path):
-    command = [sys.executable, "-c", KILLED.format(where=where), *tiny(out=tmp_path / "run")]
-    one_thread = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread)
-    assert killed.returncode == -9, killed.stderr
+def die_at(where, count, folder):
+    """Kill this process without a chance to clean up: at the count-th call of a function (module,
+    name), or the count-th time that something below folder is opened, made, renamed or removed."""
+    calls = []
+
+    def count_call():
+        calls.append(None)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, args):
+        if event in FILE_OPERATIONS and str(args[0]).startswith(str(folder)):
+            count_call()
+
+    def dying(*args, **kwargs):
+        count_call()
+        return original(*args, **kwargs)
+
+    if where == "files":
+        sys.addaudithook(hook)
+    else:
+        original = getattr(*where)
+        setattr(*where, dying)
+
+
+# A run makes some 120 of these operations.
+POINTS = [("files", count) for count in range(3, 120, 15)]
+POINTS += [
+    ((train, "save_file"), 6),  # in the middle of the policy's second checkpoint
+    ((train.Updater, "step"), 13),  # between checkpoints, with metrics logged past the last one
+]
+
+
+@pytest.mark.parametrize("where, count", POINTS)
+def test_kill_9_at_any_moment_loses_nothing(where, count, first_run, tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            die_at(where, count, tmp_path)
+            train.main(tiny(out=tmp_path / "run"))
+        finally:  # not the end of pytest, whatever happens
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     train.main(tiny(out=tmp_path / "run"))
     assert_same_run(first_run, tmp_path / "run")
-    assert not list((tmp_path / "run").rglob("saving-*"))
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert not [name for name in left if name.startswith("saving-") or name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("count", [1, 9, 20, 33])
+def test_a_full_disk_is_named_and_the_same_command_goes_on(
+    count, first_run, tmp_path, monkeypatch, capsys
+):
+    """Whatever is being written: here, the count-th time that something must reach the disk."""
+    calls = []
+    fsync = os.fsync
+
+    def full(handle):
+        calls.append(None)
+        if len(calls) == count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run_as_script(*tiny(out=tmp_path / "run")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}") and "No space left on device" in error
+    train.main(tiny(out=tmp_path / "run"))
+    assert_same_run(first_run, tmp_path / "run")
+
+
+def test_metrics_on_a_full_disk(first_run, tmp_path):
+    """/dev/full takes nothing."""
+    run = tmp_path / "run"
+    command = tiny(base=base_of(first_run), out=run)
+    with pytest.raises(SystemExit), stopping_at(1):
+        train.main(command)
+    metrics_file = run / "policy.jsonl"
+    metrics_file.rename(tmp_path / "kept")
+    metrics_file.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="policy.jsonl cannot be written .No space left"):
+        train.main(command)
+    metrics_file.unlink(missing_ok=True)
+    (tmp_path / "kept").rename(metrics_file)
+    train.main(command)
+    assert repr(metrics(run)) == repr(metrics(first_run))
+
+
+def test_a_reader_that_leaves_is_a_request_to_stop(first_run, tmp_path):
+    """`python train.py | head -1`: the run saves, and goes on later."""
+    command = [sys.executable, "train.py", *tiny("--eval-every 1", out=tmp_path / "run")]
+    one_thread = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if "LEAF: 4 steps" in line:
+                break
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said and "Exception" not in said
+    assert len(metrics(tmp_path / "run")) == 2  # noticed after the first, saved after the second
+    train.main(tiny("--eval-every 1", out=tmp_path / "run"))
+    rows = [{k: v for k, v in row.items() if "validation" not in k} for row in metrics(first_run)]
+    for row, want in zip(metrics(tmp_path / "run"), rows, strict=True):
+        assert repr({k: v for k, v in row.items() if "validation" not in k}) == repr(want)
+
+
+def test_closed_streams_are_no_error(first_run, tmp_path):
+    command = [sys.executable, "train.py", *tiny(out=first_run)]
+    closed = 'exec "$@" >&- 2>&-'
+    subprocess.run(["sh", "-c", closed, "sh", *command], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no tensors", "no step", "a list", "nan", "no moment"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, first_run, tmp_path, capsys):
+    """And what has another name there is not ours."""
+    run = tmp_path / "run"
+    command = tiny(base=base_of(first_run), out=run)
+    with pytest.raises(SystemExit), stopping_at(5):
+        train.main(command)
+    checkpoints = run / "checkpoints" / "policy"
+    assert [path.name for path in train.saved_steps(checkpoints)] == ["step-000002", "step-000003"]
+    newest = checkpoints / "step-000003"
+    tensors = newest / "tensors.safetensors"
+    if damage == "cut":
+        os.truncate(tensors, 1000)
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "no step":
+        (newest / "state.json").write_text("")
+    elif damage == "a list":
+        (newest / "state.json").write_text("[3]")
+    else:
+        saved = load_file(tensors)
+        name = next(name for name in saved if name.startswith("exp_avg."))
+        saved[name] = saved[name] * math.nan if damage == "nan" else saved[name][:1].clone()
+        save_file(saved, tensors)
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000009.bak")
+    (checkpoints / "step-last").write_text("mine")
+    train.main(command)
+    assert "a checkpoint is damaged and left out" in capsys.readouterr().out
+    assert_same_run(first_run, run, base=False)
+    assert (checkpoints / "step-last").exists() and (checkpoints / "step-000009.bak").exists()
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    weights = {"a": torch.tensor([1.0, math.inf])}
+    adam = torch.optim.AdamW(weights.values())
+    with pytest.raises(DataError, match="step 7 is not saved.*value.a has values that are not fin"):
+        train.save_checkpoint(tmp_path, 7, weights, adam)
+    assert not train.saved_steps(tmp_path)
+
+
+def test_a_skipped_step_leaves_the_model_as_it_was():
+    """BatchNorm's statistics, too, which the forward pass has moved."""
+    encoder = make_model().encoder.train()
+    updater = train.Updater(encoder.parameters(), 1.0, encoder.buffers())
+
+    def learn(mels):
+        updater.zero_grad()
+        mel, lengths = pad_ragged(mels, torch.device("cpu"))
+        encoder(mel, lengths)[0].square().sum().backward()
+        return updater.step(0.01)
+
+    assert math.isfinite(learn([randn(20, 160), randn(31, 160)]))
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    assert not math.isfinite(learn([randn(20, 160), 1e30 * randn(31, 160)]))
+    same(encoder.state_dict(), before)
+    assert math.isfinite(learn([randn(20, 160), randn(31, 160)]))
+    moved = {n: not torch.equal(t, before[n]) for n, t in encoder.state_dict().items()}
+    assert all(moved[name] for name in moved if "running" in name or "num_batches" in name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "base.json", "tokenizer.model"])
+def test_the_first_write_of_all_may_have_been_killed(name, first_run, tmp_path):
+    folder = tmp_path / ("run" if name == "config.json" else "base-qa-seed0-training")
+    folder.mkdir()
+    (folder / (name + ".tmp")).write_text("{")
+    train.main(tiny(out=tmp_path / "run"))
+    assert_same_run(first_run, tmp_path / "run")
+
+
+def test_the_best_step_is_kept(first_run, tmp_path, monkeypatch):
+    """The first with the greatest validation BLEU; a stop in between changes nothing."""
+    bleu = [10.0, 30.0, 30.0, 20.0]
+    weights = []
+
+    def measured(model, tokenizer, split, cfg):
+        weights.append({n: p.detach().clone() for n, p in lora.lora_parameters(model).items()})
+        return bleu[len(weights) - 1]
+
+    monkeypatch.setattr(train, "greedy_bleu", measured)
+    for stop in (None, 3, 5):  # updates of the policy; two a step
+        weights.clear()
+        run = tmp_path / f"run-{stop}"
+        command = tiny("--eval-every 1", base=base_of(first_run), out=run)
+        if stop:
+            with pytest.raises(SystemExit), stopping_at(stop):
+                train.main(command)
+        train.main(command)
+        results = train.read_json(run / "results.json")
+        assert results["best"] == {"step": 2, "validation_bleu": 30.0}
+        best = load_file(run / "adapter-best" / "adapter_model.safetensors")
+        for name, tensor in weights[1].items():
+            same(best[f"base_model.model.{lora.transformers_name(name)}.weight"], tensor)
+        assert not torch.equal(next(iter(adapter(run).values())), next(iter(best.values())))
+    monkeypatch.undo()
+    train.main(["--eval-only", "--best", "--out", str(run), "--device", "cpu"])
+    figures = train.read_json(run / "evaluation-qa-best.json")
+    assert figures["config"]["resume_adapter"] == str(run / "adapter-best")
+    with pytest.raises(UserError, match="no adapter-best"):
+        shutil.rmtree(run / "adapter-best")
+        train.main(["--eval-only", "--best", "--out", str(run), "--device", "cpu"])
+
+
+def test_a_second_epoch_starts_from_the_first_and_is_measured_to_the_base(first_run, tmp_path):
+    """A fresh optimiser and schedule; the policy is the first's, the reference the base."""
+    run = tmp_path / "second"
+    trained = {name: tensor.clone() for name, tensor in adapter(first_run).items()}
+    cfg = train.Config(resume_adapter=str(first_run / "adapter"), base=str(base_of(first_run)))
+    model, _ = train.load(cfg, torch.device("cpu"), torch.float32)
+    train.adapt(cfg, model)
+    for name, parameter in lora.lora_parameters(model).items():
+        same(parameter, trained[f"base_model.model.{lora.transformers_name(name)}.weight"])
+    resumed = {"base": base_of(first_run), "resume_adapter": first_run / "adapter"}
+    train.main(tiny("--seed 1", out=run, **resumed))
+    first, second = metrics(first_run), metrics(run)
+    assert first[0]["kl"] < 1e-9 < second[0]["kl"]
+    assert [row["lr"] for row in first] == [row["lr"] for row in second]
+    results = [train.read_json(folder / "results.json") for folder in (first_run, run)]
+    assert results[0]["base"] == results[1]["base"]
 
 
 def test_evaluation_swaps_the_audio(first_run, tmp_path, monkeypatch):
@@ -2172,7 +2383,10 @@ def test_flags_are_few_and_in_groups(capsys):
     assert run_as_script("--help") == 0
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
-    wanted = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {"--eval-only"}
+    wanted = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {
+        "--eval-only",
+        "--best",
+    }
     assert sorted(flags) == sorted(wanted) and len(flags) <= 50
     titles = [line for line in text.splitlines() if re.fullmatch(r"[A-Za-z ]+:", line)]
     assert titles == [
@@ -2807,22 +3021,12 @@ def test_on_device_the_encoder_learns_as_on_the_cpu(exact_float32):
 
 
 @on_device
-def test_on_device_a_run_stops_and_goes_on(tmp_path, monkeypatch):
+def test_on_device_a_run_stops_and_goes_on(tmp_path):
     """The default run in miniature, with the dtype that fits; base and policy."""
-    step = train.Updater.step
-    calls = []
-
-    def interrupted(self, *args):
-        calls.append(None)
-        if len(calls) in (5, 11):  # in next-token training, and in the second step of the policy
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(train.Updater, "step", interrupted)
     run = tmp_path / "run"
     command = tiny(f"--device {DEVICE.type} --lr 1e-3 --save-every 50", out=run)
-    for _ in range(2):
-        with pytest.raises(SystemExit):
+    for update in (5, 5):  # in next-token training, and then in the policy's second step
+        with pytest.raises(SystemExit), stopping_at(update):
             train.main(command)
     before = metrics(run)
     train.main(command)

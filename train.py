@@ -20,6 +20,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tqdm import tqdm
 
 import data
@@ -241,6 +242,7 @@ def train_policy(
             grad_norms = []
             rates = []
             for n in range(updates):
+                updater.zero_grad()
                 parts = []
                 for at in micro_batches(n * own_prompts, (n + 1) * own_prompts, cfg.micro_prompts):
                     prompts = train.prompts(model, indices[at])
@@ -331,15 +333,25 @@ def seed_dropout(seed: int, step: int):
 
 class Updater:
     """AdamW that clips the gradient's norm, skips gradients that are not finite, and gives up after
-    ten of them in a row."""
+    ten of them in a row.
 
-    def __init__(self, parameters, grad_clip: float):
+    buffers: what a forward pass changes (BatchNorm's statistics); a step that is skipped leaves
+    them, too, as they were at zero_grad().
+    """
+
+    def __init__(self, parameters, grad_clip: float, buffers=()):
         self.parameters = list(parameters)
         self.grad_clip = grad_clip
+        self.buffers = list(buffers)
         self.skipped = 0
         self.adam = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
+
+    def zero_grad(self):
+        """Before the forward pass: forget the last step's gradients."""
+        self.adam.zero_grad(set_to_none=True)
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
 
     def step(self, lr: float) -> float:
         """Apply the gradients; returns their norm before clipping."""
@@ -349,13 +361,14 @@ class Updater:
             self.adam.step()
             self.skipped = 0
         else:
+            for buffer, before in zip(self.buffers, self.buffers_before):
+                buffer.copy_(before)
             self.skipped += 1
             tqdm.write(f"skipped an update: gradient norm {norm} ({self.skipped} in a row)")
             if self.skipped == 10:
                 raise UserError(
                     "10 updates in a row were not finite; lower the learning rate, or --dtype float32"
                 )
-        self.adam.zero_grad(set_to_none=True)
         return norm
 
 
@@ -381,7 +394,7 @@ def make_base(cfg: Config, train: data.Split, folder: Path, device):
 
 def train_base(cfg: Config, train: data.Split, work: Path, device):
     """Train the compact model from scratch; saves a folder that SpeechLM.from_pretrained reads."""
-    (work / "tokenizer.model").write_bytes(data.Tokenizer.train(train.rows))
+    write_file(work / "tokenizer.model", data.Tokenizer.train(train.rows))
     tokenizer = data.Tokenizer(work / "tokenizer.model")
     alphabet = data.Alphabet.of(train.rows)
     config = SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
@@ -395,8 +408,9 @@ def train_base(cfg: Config, train: data.Split, work: Path, device):
     else:
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
     train_sft(cfg, model, tokenizer, train, work, freeze_encoder=has_transcripts)
-    model.save(work)
-    sync(work / "model.safetensors")
+    with writing(work):
+        model.save(work)
+        sync(work / "model.safetensors")
 
 
 def train_ctc(cfg: Config, model: SpeechLM, train: data.Split, transcripts, folder: Path):
@@ -404,13 +418,14 @@ def train_ctc(cfg: Config, model: SpeechLM, train: data.Split, transcripts, fold
     character; transcripts: a list of classes for each row, empty where there is none."""
     spoken = [i for i, transcript in enumerate(transcripts) if transcript]
     encoder = model.encoder.train()
-    updater = Updater(encoder.parameters(), cfg.grad_clip)
+    updater = Updater(encoder.parameters(), cfg.grad_clip, encoder.buffers())
     state = encoder.state_dict(keep_vars=True)
     with Log("ctc", folder, cfg.ctc_steps, state, updater.adam, cfg.save_every) as log:
         for step in range(log.start, cfg.ctc_steps):
             start = step * cfg.base_batch
             order = data.order(len(spoken), [cfg.base_seed, CTC_ORDER], start, cfg.base_batch)
             rows = [spoken[i] for i in order]
+            updater.zero_grad()
             mel, lengths = pad_ragged(train.mels(rows), model.device)  # (B, T, 160), (B,)
             frames, middle_logits = encoder(mel, lengths)
             labels = torch.cat([torch.tensor(transcripts[i]) for i in rows]).to(model.device)
@@ -438,7 +453,8 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
         kept_frames = train.cache("encoding", lambda rows: model.encode(train.mels(rows)))
     else:
         trained.append(model.encoder)
-    updater = Updater([p for module in trained for p in module.parameters()], cfg.grad_clip)
+    parameters = [p for module in trained for p in module.parameters()]
+    updater = Updater(parameters, cfg.grad_clip, model.buffers())
     prompt_ids = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
     answers = [torch.tensor([tokenizer.encode_answer(data.target(row))]) for row in train.rows]
     trees = [PrefixTree(answer, [answer.shape[1]]) for answer in answers]  # K = 1: no branches
@@ -447,6 +463,7 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
         for step in range(log.start, cfg.sft_steps):
             start = step * cfg.base_batch
             rows = data.order(len(answers), [cfg.base_seed, SFT_ORDER], start, cfg.base_batch)
+            updater.zero_grad()
             frames = kept_frames(rows) if freeze_encoder else model.encode(train.mels(rows))
             audio = model.project(frames)
             prompts = model.embed_prompts([prompt_ids[i] for i in rows], audio)
@@ -561,7 +578,7 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
     if any("slots" in row for row in rows):
         swapped = answer(model, tokenizer, split, cfg, audio_of=data.swapped_audio(rows))
     scores = data.evaluation_scores(rows, greedy, passes, swapped)
-    with open(predictions, "w", encoding="utf-8") as file:
+    with writing(predictions), open(predictions, "w", encoding="utf-8") as file:
         for row, one, *sampled in zip(rows, greedy, *passes):
             line = {name: row[name] for name in ("audio", "prompt", "reference")}
             line |= {"greedy": one, "sampled": sampled}
@@ -619,8 +636,9 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
     split = data.Split("test", rows, cfg.cache_gb)
     split.hear(model, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = folder / f"evaluation-{cfg.name}.json"
-    answers = folder / f"predictions-{cfg.name}.jsonl"
+    name = f"{cfg.name}-best" if Path(cfg.resume_adapter).name == BEST else cfg.name
+    figures = folder / f"evaluation-{name}.json"
+    answers = folder / f"predictions-{name}.jsonl"
     result = evaluate(model, tokenizer, split, cfg, answers)
     write_json(figures, {"config": asdict(cfg), "test_rows": len(rows), **result})
     show_table(f"test split, {len(rows)} rows", {"": result})
@@ -639,8 +657,8 @@ class Log:
     is all the state there is: a resumed run repeats nothing and misses nothing. rule: the credit
     rule, which may not change on the way; processes: how many take these steps together.
 
-    As a context it notes Ctrl-C and SIGTERM, for record() to save and leave; a second one stops at
-    once.
+    As a context it notes Ctrl-C, SIGTERM, a closed terminal and a reader that has left (`| head`),
+    for record() to save and leave; a second signal stops at once.
     """
 
     def __init__(
@@ -653,11 +671,14 @@ class Log:
         self.start = load_checkpoint(self.checkpoints, named, optimizer, rule)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{stage}.jsonl" if self.writes else Path(os.devnull)
+        self.best = self.checkpoints / "best.safetensors"
+        self.best_bleu = -math.inf
         if self.writes:  # one line a step: what lies past the checkpoint comes again
             lines = []
             if self.path.exists():
-                lines = self.path.read_bytes().splitlines(keepends=True)
-            self.path.write_bytes(b"".join(lines[: self.start]))
+                lines = self.path.read_bytes().splitlines(keepends=True)[: self.start]
+            write_file(self.path, b"".join(lines))
+            self.best_bleu = best_validation(self.path)["validation_bleu"]
         self.stop_signals = []
 
     def __enter__(self):
@@ -666,15 +687,19 @@ class Log:
         self.bar = tqdm(
             total=self.steps, initial=self.start, desc=self.stage, disable=disable, mininterval=0.5
         )
-        stops = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.ask_to_stop) for number in stops}
+        self.handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self.handlers[number] = signal.signal(number, self.ask_to_stop)
         return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
-        self.file.close()
+        with writing(self.path):
+            self.file.close()
 
     def ask_to_stop(self, number, frame):
         if self.stop_signals:
@@ -692,23 +717,39 @@ class Log:
             *means, stopping = values.tolist()
             metrics = dict(zip(metrics, means))
         metrics = metrics | (validation or {})
-        self.file.write(json.dumps({"step": step + 1, **metrics}) + "\n")
-        self.file.flush()
+        done = step + 1
+        with writing(self.path):
+            self.file.write(json.dumps({"step": done, **metrics}) + "\n")
+            self.file.flush()
+        if validation and validation["validation_bleu"] > self.best_bleu:  # the first of equals
+            self.best_bleu = validation["validation_bleu"]
+            values = {name: tensor.detach().cpu() for name, tensor in self.named.items()}
+            write_file(self.best, save(values))
         shown = [name for name in ("loss", "reward", "kl") if name in metrics]
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
-        self.bar.update()
-        if validation:
-            tqdm.write(VALIDATION.format(step=step + 1, **metrics))
-        done = step + 1
+        self.say(done, VALIDATION.format(step=done, **metrics) if validation else "")
         if self.writes and (done % self.save_every == 0 or done == self.steps or stopping):
-            os.fsync(self.file.fileno())
+            with writing(self.path):
+                os.fsync(self.file.fileno())
             save_checkpoint(self.checkpoints, done, self.named, self.optimizer, self.rule)
         if stopping:
-            tqdm.write(
+            self.say(
+                done,
                 f"saved step {done} of {self.steps} in {self.checkpoints}; "
-                "the same command goes on from there"
+                "the same command goes on from there",
             )
             raise SystemExit(128 + (self.stop_signals or [signal.SIGTERM])[0])
+
+    def say(self, done: int, text: str):
+        """Move the bar, and print above it. Where nobody reads any more, be silent and stop."""
+        try:
+            self.bar.update(done - self.bar.n)
+            if text:
+                tqdm.write(text)
+        except OSError:
+            self.bar.disable = True
+            sys.stdout = open(os.devnull, "w")
+            self.stop_signals.append(signal.SIGTERM)
 
 
 VALIDATION = (
@@ -729,45 +770,90 @@ def save_checkpoint(folder: Path, step: int, named, optimizer, rule: str = ""):
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     final = folder / f"step-{step:06d}"
     temporary = folder / f"saving-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "tensors.safetensors")
-    write_json(temporary / "state.json", {"step": step, "credit": rule})
-    sync(temporary / "tensors.safetensors")
-    sync(temporary)
-    os.rename(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:
+    refuse_unless_finite(tensors, f"step {step} is not saved in {folder}")
+    with writing(temporary):
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "tensors.safetensors")
+        write_json(temporary / "state.json", {"step": step, "credit": rule})
+        sync(temporary / "tensors.safetensors")
+        sync(temporary)
+        os.rename(temporary, final)
+    for old in saved_steps(folder)[:-2]:
         shutil.rmtree(old)
 
 
+def saved_steps(folder: Path) -> list[Path]:
+    """The checkpoints below a folder, the newest last; what has another name is not ours."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
-    """Restore the newest complete checkpoint; returns its step, 0 where there is none."""
+    """Restore the newest checkpoint that is whole; returns its step, 0 where there is none."""
     for leftover in folder.glob("saving-*"):  # a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)  # another process may be faster
-    found = sorted(folder.glob("step-*"))
-    if not found:
-        return 0
-    state = read_json(found[-1] / "state.json")
-    if state.get("credit", "") != rule:
-        raise UserError(
-            f"{folder} was trained with the credit rule {state['credit']!r}, not {rule!r}: "
-            "go on with that one, or choose another folder with --out"
-        )
-    tensors = load_file(found[-1] / "tensors.safetensors")
-    with torch.no_grad():
-        for name, tensor in named.items():
-            tensor.copy_(tensors.pop(f"value.{name}"))
-    for key, moment in tensors.items():
-        kind, _, name = key.partition(".")
-        # Fused AdamW keeps all of it with the parameter, the step count included.
-        optimizer.state[named[name]][kind] = moment.to(named[name].device)
-    return state["step"]
+    for path in reversed(saved_steps(folder)):
+        try:
+            saved_rule, tensors = read_checkpoint(path, named)
+        except (DataError, SafetensorError) as error:
+            print(f"note: a checkpoint is damaged and left out: {error}")
+            shutil.rmtree(path, ignore_errors=True)  # its step will be saved again
+            continue
+        if saved_rule != rule:
+            raise UserError(
+                f"{folder} was trained with the credit rule {saved_rule!r}, not {rule!r}: "
+                "go on with that one, or choose another folder with --out"
+            )
+        with torch.no_grad():
+            for name, tensor in named.items():
+                tensor.copy_(tensors.pop(f"value.{name}"))
+        for key, moment in tensors.items():
+            kind, _, name = key.partition(".")
+            # Fused AdamW keeps all of it with the parameter, the step count included.
+            optimizer.state[named[name]][kind] = moment.to(named[name].device)
+        return int(path.name.removeprefix("step-"))
+    return 0
+
+
+def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
+    """The credit rule and the tensors; DataError or SafetensorError where it is not whole."""
+    state = read_json(path / "state.json")
+    file = path / "tensors.safetensors"
+    if not file.is_file():
+        raise DataError(f"{file} is missing")
+    tensors = load_file(file)
+    for name, tensor in named.items():
+        saved = tensors.get(f"value.{name}")
+        if saved is None or saved.shape != tensor.shape:
+            raise DataError(f"{file} has no {name} of shape {tuple(tensor.shape)}")
+    refuse_unless_finite(tensors, f"{file} is not used")
+    if not isinstance(state, dict) or "credit" not in state:
+        raise DataError(f"{path / 'state.json'} names no credit rule")
+    return state["credit"], tensors
+
+
+def refuse_unless_finite(tensors: dict[str, torch.Tensor], what: str):
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise DataError(f"{what}: {name} has values that are not finite")
+
+
+def best_validation(metrics: Path) -> dict:
+    """The first line with the greatest validation BLEU; without a step where there is none."""
+    best = {"validation_bleu": -math.inf}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("validation_bleu", -math.inf) > best["validation_bleu"]:
+            best = row
+    return best
 
 
 def check_same(folder: Path, settings: dict, file: str):
     """A folder belongs to one configuration, which is in `file`: a new folder takes the settings,
     any other is refused unless they are the same. Raises UserError with the difference."""
     path = folder / file
-    before_training = {file, file + ".tmp", "lock", "tokenizer.model"}
+    before_training = {file, "lock", "tokenizer.model"}
+    before_training |= {name + ".tmp" for name in before_training}  # of a write that was killed
     if {entry.name for entry in folder.iterdir()} <= before_training:
         write_json(path, settings)
         return
@@ -795,12 +881,29 @@ def lock(folder: Path, wait: bool):
 
 
 def write_json(path: Path, value):
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes):
     """Written and synced beside its place, then renamed into it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """One line with the path from whatever goes wrong while it is written: no room, for one."""
+    try:
+        yield
+    except (OSError, SafetensorError, soundfile.SoundFileError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path} cannot be written ({reason}); when it can, the same command goes on"
+        ) from None
 
 
 def read_json(path: Path):
@@ -929,30 +1032,36 @@ def tell_why_no_gpu():
         )
 
 
-def finished(folder: Path, given: dict) -> Config:
-    """The configuration of the finished run in a folder, with its adapter, and what was given."""
+def finished(folder: Path, given: dict, adapter="adapter") -> Config:
+    """The configuration of the finished run in a folder, with its adapter (or BEST), and what was
+    given."""
     if not (folder / "results.json").exists():
         raise UserError(f"{folder} holds no finished run: name one, or train it first")
     saved = read_json(folder / "config.json")  # without paths; those that matter follow
     kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     kept["data"] = read_json(folder / "results.json")["config"]["data"]
     kept["base"] = os.path.normpath(folder / saved["base"])
-    own_adapter = {"resume_adapter": str(folder / "adapter")}  # its own, wherever it began
+    if not (folder / adapter).exists():
+        raise UserError(f"{folder} has no {adapter}: it was not validated, see --eval-every")
+    own_adapter = {"resume_adapter": str(folder / adapter)}  # its own, wherever it began
     return Config(**(kept | given | own_adapter))
 
 
-def evaluated(given: dict) -> Config:
+BEST = "adapter-best"  # of the step with the best validation BLEU, beside "adapter", the last
+
+
+def evaluated(given: dict, adapter: str) -> Config:
     """What --eval-only means: the finished run in --out; or --init or --base as they are, in a
     folder of their own."""
     cfg = Config(**given)
     folder = cfg.run_folder
     if not (cfg.init or cfg.base):
-        return finished(folder, given)
+        return finished(folder, given, adapter)
     if not cfg.out:
         cfg.out = f"runs/{cfg.name}-{cfg.base_folder.resolve().name}-evaluation"
         folder = cfg.run_folder
     if (folder / "results.json").exists():
-        return finished(folder, given)
+        return finished(folder, given, adapter)
     if (folder / "config.json").exists():
         raise UserError(
             f"{folder} holds an unfinished run: train it to its end, or choose another --out"
@@ -984,6 +1093,8 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(name, help=text, **kind)
     text = "test the run in --out, or --init, and no more"
     group.add_argument("--eval-only", action="store_true", help=text)
+    text = "with --eval-only: the adapter of the best validation instead of the last"
+    group.add_argument("--best", action="store_true", help=text)
     return parser
 
 
@@ -992,9 +1103,12 @@ def parse(argv) -> tuple[Config, bool]:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     eval_only = given.pop("eval_only", False)
+    adapter = BEST if given.pop("best", False) else "adapter"
+    if adapter == BEST and not eval_only:
+        parser.error("--best goes with --eval-only")
     if given.get("init") and given.get("base"):
         parser.error("--init and --base exclude each other")
-    cfg = evaluated(given) if eval_only else Config(**given)
+    cfg = evaluated(given, adapter) if eval_only else Config(**given)
     check_flags(parser, cfg)
     return cfg, eval_only
 
@@ -1109,7 +1223,12 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     train_policy(cfg, model, tokenizer, splits["train"], splits.get("validation"), folder)
     if rank() > 0:
         return
-    save_adapter(model, folder / "adapter", targets, base=str(base_folder))
+    with writing(folder / "adapter"):
+        save_adapter(model, folder / "adapter", targets, base=str(base_folder))
+    best = best_validation(folder / "policy.jsonl")
+    if "step" in best:
+        with writing(folder / BEST), best_weights(model, folder):
+            save_adapter(model, folder / BEST, targets, base=str(base_folder))
 
     # Measure again, and show.
     answers = folder / "predictions-trained.jsonl"
@@ -1120,6 +1239,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         "test_rows": len(corpus["test"]),
         "base": base_result,
         "trained": trained_result,
+        "best": {name: best.get(name) for name in ("step", "validation_bleu")},
         "seconds": time.time() - began,
         "peak_memory_gb": peak_memory(device) / 1e9,
         "device": str(device),
@@ -1130,15 +1250,31 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     recording = example["audio"]
     if not isinstance(recording, str):  # synthesised: leave one recording behind to ask about
         recording = folder / "example.wav"
-        soundfile.write(recording, data.load_audio(example).numpy(), data.SAMPLE_RATE)
+        with writing(recording):
+            soundfile.write(recording, data.load_audio(example).numpy(), data.SAMPLE_RATE)
     question = quote(example["prompt"].replace(data.AUDIO, ""))
     command = f"python -m tools.ask {quote(str(folder))} {quote(str(recording))} {question}"
     print(f"""
 run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)
+best step   {best.get("step", "not validated")}  ({BEST}/; to test it: --eval-only --best)
 base        {base_folder}
 ask it      {command}
 its tree    ... --samples 8 --reference {quote(example["reference"])}
 took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.1f} GB""")
+
+
+@contextlib.contextmanager
+def best_weights(model: SpeechLM, folder: Path):
+    """A context in which LoRA is that of the best validation."""
+    parameters = lora_parameters(model)
+    last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    best = load_file(folder / "checkpoints" / "policy" / "best.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(best[name])
+        yield
+        for name, parameter in parameters.items():
+            parameter.copy_(last[name])
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1152,9 +1288,15 @@ def peak_memory(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     try:
         main()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
