@@ -52,7 +52,7 @@ def shuffled(rows):
 
 
 class Odd(ValueError):
-    """A publisher's row that is no use; the message is the reason it is counted under."""
+    """Odd(reason, *found): a publisher's row that is no use. It is counted under the reason."""
 
 
 class Corpus:
@@ -70,7 +70,8 @@ class Corpus:
         try:
             yield
         except Odd as odd:
-            self.left_out[str(odd)].append(name)
+            reason, *found = odd.args
+            self.left_out[reason].append(": ".join([name, *map(str, found)]))
         except Exception as error:
             reason = f"not as expected ({type(error).__name__})"
             self.left_out[reason].append(f"{name}: {error}")
@@ -91,7 +92,6 @@ def new_corpus(out):
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         refuse(f"{out} is there already and not empty: remove it or choose another --out")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know less than UTF-8
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Built beside its place and renamed once: an interrupted build leaves nothing half-written.
@@ -100,13 +100,15 @@ def new_corpus(out):
             corpus.folder.mkdir()
             yield corpus
             for reason, names in corpus.left_out.items():
-                print(f"left out: {len(names)} rows, {reason}, e.g. {'; '.join(names[:3])[:300]}")
+                some = "; ".join(names[:3])[:300].encode("ascii", "backslashreplace").decode()
+                print(f"left out: {len(names)} rows, {reason}, e.g. {some}")
             for split, rows in corpus.rows.items():
                 if not rows:
                     refuse(f"{out} is not made: no row is left for the {split} split")
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                 (corpus.folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-                print(f"{split}: {len(lines)} rows, the first {lines[0]}", end="")
+                # In ASCII, for a terminal may know no more.
+                print(f"{split}: {len(rows)} rows, the first {json.dumps(rows[0])}")
             corpus.folder.rename(out)
     except (OSError, soundfile.SoundFileError) as error:
         refuse(f"{out} is not made: {error}")

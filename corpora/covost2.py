@@ -25,8 +25,8 @@ evaluate on the first ones only, and those might be of few speakers.
 
 Sizes differ between the releases: one may lack a recording that the other has, or no longer count
 it as validated, and some MP3 files of Corpus 4 are empty. All that is left out is counted; compare
-the counts before you compare scores. Rows point to the MP3 files by absolute path: nothing is copied.
-`sentence` becomes the transcript, as it was written.
+the counts before you compare scores. Rows point to the MP3 files by absolute path: nothing is
+copied. `sentence` becomes the transcript, as it was written.
 
 The prompts' wording is ours. LEAF's (Grimoid/LEAF, commit c7623e3,
 scripts/data_prep/prepare_covost2_en_de*.py) is one of three for training, chosen by a hash of the

@@ -78,11 +78,11 @@ def read_subset(folder, corpus):
             with corpus.row(f"{file.name}, line {number}"):
                 name, _, words = line.strip().partition(" ")
                 if "-".join(name.split("-")[:2]) != chapter:
-                    raise Odd("no recording's name")
+                    raise Odd("no recording's name", line[:80])
                 audio = file.with_name(f"{name}.flac")
                 words = text_of(words, "words").lower()
                 if not audio.is_file():
-                    raise Odd(f"recording missing in {folder.name}")
+                    raise Odd("recording missing", audio)
                 spoken.append((audio, words))
     if not files:
         refuse(f"{folder}: expected SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt in it, found none")

@@ -65,10 +65,10 @@ def add_rows(corpus, split, file, items, speech):
             places = (named, named.with_suffix(".flac"), named.with_suffix(".wav"))
             audio = next((place for place in places if place.is_file()), None)
             if audio is None:
-                raise Odd("recording missing")
+                raise Odd("recording missing", named)
             prompt = wording(split, WORDINGS, question).format(question)
             row = {"audio": str(audio), "prompt": prompt, "reference": answer}
-            if item.get("text"):
+            if isinstance(item.get("text"), str) and item["text"].strip():
                 row["transcript"] = text_of(item["text"], "text").lower()
             corpus.rows[split].append(row)
 

@@ -14,6 +14,9 @@ its card); only the files of the recordings that are named are needed. Each is o
 objects with id, duration (seconds), conversations ([{"from": "human" or "gpt", "value": TEXT}])
 and sound, a name or a list of names.
 
+    hf download nvidia/LongAudio longaudio_xl/DailyTalk_LongAudio.json --repo-type dataset \
+        --local-dir data/LongAudio
+
     LongAudio/longaudio_xl/
         DailyTalk_LongAudio.json            45,951 questions
         Europarl_LongAudio.json             56,054
@@ -21,9 +24,10 @@ and sound, a name or a list of names.
 
 The recordings come from their publishers. Any option names the folder shown or the one it is in.
 
-    dailytalk/data/                         DailyTalk (Lee et al. 2022, CC BY-SA 4.0): the Google
-        0/0_0_d0.wav                        Drive folder linked from keonlee9420/DailyTalk on
-        0/1_1_d0.wav                        GitHub. The sound 0.wav is dialogue 0, its turns joined.
+    dailytalk/data/                         DailyTalk (Lee et al. 2022, CC BY-SA 4.0), from
+        0/0_0_d0.wav                        https://drive.google.com/drive/folders/
+        0/1_1_d0.wav                        1WRt-EprWs-2rmYxoWYT9_13omlhDHcaL, unpacked. The sound
+                                            0.wav is dialogue 0, its turns joined.
 
     v1.1/en/audios/                         Europarl-ST (Iranzo-Sanchez et al. 2020, CC BY-NC 4.0):
         en.20080925.16.4-121.flac           https://www.mllp.upv.es/europarl-st/v1.1.tar.gz, 20 GB.
@@ -92,8 +96,10 @@ MAX_SECONDS = 40
 
 def dailytalk_parts(folder, sound, annotations):
     """The utterances of a dialogue, TURN_SPEAKER_dDIALOGUE.wav, in the order of the turns."""
-    files = (folder / "data" / Path(sound).stem).glob("*.wav")
-    turns = sorted(files, key=lambda file: int(file.name.split("_")[0]))
+    dialogue = folder / "data" / Path(sound).stem
+    turns = sorted(dialogue.glob("*.wav"), key=lambda file: int(file.name.split("_")[0]))
+    if not turns:
+        raise Odd("recording missing", dialogue)
     return [(file, 0.0, None) for file in turns]
 
 
@@ -103,7 +109,7 @@ def europarl_parts(folder, sound, annotations):
     files = [folder / "en" / "audios" / f"{speech}{kind}" for kind in (".flac", ".wav", ".m4a")]
     file = next((file for file in files if file.is_file()), files[0])
     if file.suffix == ".m4a":
-        raise Odd("recording still in M4A (corpora/longaudio.py says how to convert it)")
+        raise Odd("M4A, to be converted as corpora/longaudio.py says", file)
     return [(file, float(start), float(end))]
 
 
@@ -111,7 +117,7 @@ def voxpopuli_parts(folder, sound, annotations):
     """The stretches of a paragraph, FOLDERS/SESSION-en_WHEN_NUMBER.wav, that hold speech."""
     name = Path(sound).stem
     if name not in annotations:
-        raise Odd("recording not in asr_en.tsv.gz")
+        raise Odd("recording not in asr_en.tsv.gz", name)
     session = name.split("-en_")[0]
     file = folder / "raw_audios" / "en" / session[:4] / f"{session}_en.ogg"
     return [(file, start, end) for start, end in ast.literal_eval(annotations[name])]
@@ -151,7 +157,7 @@ def read_parts(parts):
     rates = set()
     for file, start, end in parts:
         if not file.is_file():
-            raise Odd("recording missing")
+            raise Odd("recording missing", file)
         with soundfile.SoundFile(file) as audio:
             rates.add(audio.samplerate)
             first = int(start * audio.samplerate)
@@ -160,9 +166,9 @@ def read_parts(parts):
             samples = audio.read(max(0, last - first), dtype="float32", always_2d=True)
             pieces.append(samples.mean(1))
     if not any(map(len, pieces)):
-        raise Odd("recording missing")
+        raise Odd("recording empty")
     if len(rates) > 1:
-        raise Odd("parts of different rates")
+        raise Odd("parts of different rates", rates)
     return np.concatenate(pieces), rates.pop()
 
 
@@ -192,11 +198,9 @@ def to_row(item):
 def add_rows(corpus, file, parts_of, group):
     """The rows of a LongAudio file. parts_of(sound) says where the recording is."""
     made = {}  # {sounds: audio file}; many questions are about the same recording
-    items = read_items(file)
     name = file.name.split("_")[0].lower()
-    for number, item in enumerate(
-        tqdm(items, name, unit="row", leave=False, disable=None), start=1
-    ):
+    bar = tqdm(read_items(file), name, unit="row", leave=False, disable=None)
+    for number, item in enumerate(bar, start=1):
         with corpus.row(f"{file.name}, item {number}"):
             split = split_of(item)
             row = to_row(item)

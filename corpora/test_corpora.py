@@ -257,8 +257,8 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
     run_script(librispeech, *test, "--out", tmp_path / "odd")
     printed = capsys.readouterr().out
     for count, reason in (
-        (1, r"recording missing in test-clean, e\.g\. 63-0\.trans\.txt, line 2"),
-        (3, r"no recording's name, e\.g\. 63-1\.trans\.txt, line 2; .*line 4; .*line 6"),
+        (1, r"recording missing, e\.g\. 63-0\.trans\.txt, line 2: \S+63-0-0001\.flac"),
+        (3, r"no recording's name, e\.g\. 63-1\.trans\.txt, line 2: ; .*line 4: 62-.*line 6: x+"),
         (1, r"no words, e\.g\. 63-1\.trans\.txt, line 3"),
         (1, r"words is not Unicode, e\.g\. 63-1\.trans\.txt, line 5"),
     ):
@@ -375,7 +375,7 @@ def test_librisqa_corpus(tmp_path, capsys):
     run_script(librisqa, *options, tmp_path / "new")
     printed = capsys.readouterr().out
     for count, reason, names in (
-        (1, "recording missing", "LibriSQA-PartI-train.json, item 6"),
+        (1, "recording missing", r"LibriSQA-PartI-train.json, item 6: \S+1-0002.wav"),
         (1, "no answer", "LibriSQA-PartI-train.json, item 11"),
         (1, "no question", "LibriSQA-PartI-train.json, item 9"),
         (1, "no speech_path", "LibriSQA-PartI-train.json, item 10"),
@@ -446,6 +446,7 @@ def test_covost2_corpus(tmp_path, capsys):
     assert "1 rows, not in validated.tsv, e.g. old.mp3\n" in printed
     assert "2 rows, recording missing or empty in clips, e.g. gone.mp3; empty.mp3\n" in printed
     assert "1 rows, no translation, e.g. mute.mp3\n" in printed
+    assert printed.isascii()  # whatever the terminal can show
     rows = data.load_corpus(tmp_path / "made", 1)
     for split, part in rows.items():
         assert {(row["audio"], row["transcript"], row["reference"]) for row in part} == want[split]
@@ -567,8 +568,8 @@ def make_longaudio(root):
             again = [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "No."}]
             items.append({"id": i, "sound": both if i % 3 else one, "duration": 30.0})
             items[-1]["conversations"] = [question, answer] + (again if i % 2 else [])
-            digest = hashlib.md5(b"%d" % i).digest()
-            split = ("test", "validation", *["train"] * 8)[int.from_bytes(digest[:4]) * 10 >> 32]
+            tenth = int.from_bytes(hashlib.md5(b"%d" % i).digest()[:4], "big") * 10 >> 32
+            split = ("test", "validation", *["train"] * 8)[tenth]
             audio = np.concatenate([heard[sound] for sound in (both if i % 3 else [one])])
             prompt = f"{AUDIO}\nWhy {i}, ä?"
             wanted[split].append((name, prompt, f"Since {i}.", audio))
@@ -664,12 +665,12 @@ def test_longaudio_odd_rows(tmp_path, capsys):
         ("Europarl", "not as expected (TypeError)", None),
         ("Europarl", "not as expected (AttributeError)", {"sound": 5}),
         ("Europarl", "not as expected (TypeError)", {"sound": [[]]}),
-        ("Europarl", "recording missing", {"sound": []}),
+        ("Europarl", "recording empty", {"sound": []}),
         ("Europarl", "recording missing", {"sound": "gone_0_1.wav"}),
-        ("Europarl", "recording missing", {"sound": f"{speech}_1_1.wav"}),
+        ("Europarl", "recording empty", {"sound": f"{speech}_1_1.wav"}),
         (
             "Europarl",
-            "recording still in M4A (corpora/longaudio.py says how to convert it)",
+            "M4A, to be converted as corpora/longaudio.py says",
             {"sound": "m4a_0_1.wav"},
         ),
         ("Europarl", "not as expected (LibsndfileError)", {"sound": "torn_0_1.wav"}),
@@ -708,6 +709,8 @@ def test_longaudio_odd_rows(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = re.findall(r"^left out: (\d+) rows, (.*?), e\.g\. ", printed, re.M)
     assert {reason: int(count) for count, reason in found} == counts
+    assert re.search(r"recording missing, e\.g\. DailyTalk\S+, item 41: \S+/data/7; Euro", printed)
+    assert re.search(r"; Europarl\S+, item 58: \S+/en/audios/gone\.flac\n", printed), printed
     assert sum(map(len, data.load_corpus(tmp_path / "made", 40).values())) == 120
 
     options[-1] = tmp_path / "new"
