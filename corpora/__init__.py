@@ -76,6 +76,12 @@ class Corpus:
             reason = f"not as expected ({type(error).__name__})"
             self.left_out[reason].append(f"{name}: {error}")
 
+    def print_left_out(self):
+        """In ASCII, for a terminal may know no more."""
+        for reason, names in self.left_out.items():
+            some = "; ".join(names[:3])[:300].encode("ascii", "backslashreplace").decode()
+            print(f"left out: {len(names)} rows, {reason}, e.g. {some}")
+
     def write_flac(self, name, samples, rate):
         """Write (samples,) floats as `folder`/name, 16 bit."""
         encoded = io.BytesIO()
@@ -99,19 +105,18 @@ def new_corpus(out):
             corpus = Corpus(Path(temporary) / "corpus")
             corpus.folder.mkdir()
             yield corpus
-            for reason, names in corpus.left_out.items():
-                some = "; ".join(names[:3])[:300].encode("ascii", "backslashreplace").decode()
-                print(f"left out: {len(names)} rows, {reason}, e.g. {some}")
             for split, rows in corpus.rows.items():
                 if not rows:
+                    corpus.print_left_out()
                     refuse(f"{out} is not made: no row is left for the {split} split")
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                 (corpus.folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-                # In ASCII, for a terminal may know no more.
-                print(f"{split}: {len(rows)} rows, the first {json.dumps(rows[0])}")
             corpus.folder.rename(out)
     except (OSError, soundfile.SoundFileError) as error:
         refuse(f"{out} is not made: {error}")
+    corpus.print_left_out()
+    for split, rows in corpus.rows.items():
+        print(f"{split}: {len(rows)} rows, the first {json.dumps(rows[0])}")
     print(f"wrote {out}")
 
 

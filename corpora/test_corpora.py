@@ -269,6 +269,16 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
     spoken = speech / "dev-clean/62/0/62-0.trans.txt"
     spoken.write_text("")
     refused(capsys, librispeech, "no row is left for the validation split", *test)
+
+    def torn(*_):
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
+        patched.setattr("builtins.print", torn)  # `| head`: the corpus is there all the same
+        run_script(
+            librispeech, "--librispeech", speech, "--validation", "test-other", "--out", "head"
+        )
+    assert [len(part) for part in data.load_corpus(tmp_path / "head", 1).values()] == [9, 3, 3]
     spoken.unlink()
     refused(capsys, librispeech, "dev-clean: expected SPEAKER/CHAPTER/", *test)
     with pytest.raises(TypeError):
@@ -279,7 +289,13 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
             raise error
         assert re.search("new is not made: .*(No space .*1.flac|Format)", capsys.readouterr().err)
     # Whole, or not at all.
-    assert {path.name for path in tmp_path.iterdir()} == {"LibriSpeech", "made", "again", "odd"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "LibriSpeech",
+        "made",
+        "again",
+        "odd",
+        "head",
+    }
 
 
 def test_librispeech_download(tmp_path, monkeypatch, capsys):
