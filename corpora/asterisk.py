@@ -25,10 +25,8 @@ import argparse
 import functools
 import gzip
 import hashlib
-import json
 import re
 import sys
-import tempfile
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -37,9 +35,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from corpora import SPLITS, new_corpus
+
 SAMPLE_RATE = 16000  # Hz, of what is written
 SOURCE_RATE = 8000  # Hz, of the packages' recordings
-SPLITS = ("train", "validation", "test")
 # Share of all contents that only this split may use.
 HELD_OUT = {"test": 0.14, "validation": 0.07}
 VOICES = {
@@ -411,13 +410,13 @@ def read_prompts(path, language):
     """
     others = (";", "digits/", "letters/", "phonetic/", "silence/", "spy-")
     prompts = []
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as lines:
         for line in lines:
             name, _, text = line.strip().partition(":")
             text = " ".join(re.sub(r'\.\.\.|["“”]', " ", text).split())
             text = re.sub(r"\b\d\b", lambda digit: LEXICON[language][f"digits/{digit[0]}"], text)
             skipped = name.startswith(others) or (language, name) in UNFAITHFUL
-            odd = re.search(r"[][()<>*#@\d]|[A-Z]{2}|www", text)
+            odd = re.search(r"[][()<>*#@\d\ufffd]|[A-Z]{2}|www", text)
             if plain(text) and not (skipped or odd):
                 prompts.append((name, text))
     return prompts
@@ -524,23 +523,22 @@ def check_packages(sounds, docs):
         sys.exit(2)
 
 
-def build(out, sounds, docs, sizes, seed):
-    """Write the corpus into `out`, an empty folder. sizes: {split: rows}. Returns {split: list of
-    rows}."""
+def build(corpus, sounds, docs, sizes, seed):
+    """Fill the corpus. sizes: {split: rows}."""
     # (split, language) -> [(recording, text)]
     sentences = defaultdict(list)
     for language in TRANSCRIBED:
         usable = {}
         for name, text in read_prompts(docs / TRANSCRIPT.format(language), language):
             path = sounds / VOICES[language] / f"{name}.wav"
-            # A few sentences were never recorded.
-            if path.is_file() and 0.5 <= len(load(path)) / SOURCE_RATE <= 5.0:
-                usable.setdefault(plain(text), []).append((name, text))
+            with corpus.row(str(path)):
+                # A few sentences were never recorded.
+                if path.is_file() and 0.5 <= len(load(path)) / SOURCE_RATE <= 5.0:
+                    usable.setdefault(plain(text), []).append((name, text))
         points = np.random.default_rng(seed).permutation(len(usable)) / len(usable)
         for x, same in zip(points, usable.values()):
             sentences[split_at(x), language] += same
-    (out / "audio").mkdir()
-    rows = {split: [] for split in SPLITS}
+    (corpus.folder / "audio").mkdir()
     for number, split in enumerate(SPLITS):
         ends = np.round(np.cumsum(list(MIX.values())) / 100 * sizes[split]).astype(int)
         groups = np.repeat(list(MIX), np.diff(ends, prepend=0)).tolist()
@@ -570,16 +568,13 @@ def build(out, sounds, docs, sizes, seed):
                 row, names = compose(group, split, seed, rng, seen[group])
             audio = f"audio/{split}-{i + 1:05d}.flac"
             clips = [load(sounds / VOICES[language] / f"{name}.wav") for name in names]
-            soundfile.write(out / audio, utter(clips, rng), SAMPLE_RATE, subtype="PCM_16")
-            rows[split].append({"audio": audio, **row})
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]]
-        (out / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (out / "README.md").write_text(README.format(seed=seed), encoding="utf-8")
-    return rows
+            corpus.write_flac(audio, utter(clips, rng), SAMPLE_RATE)
+            corpus.rows[split].append({"audio": audio, **row})
+    (corpus.folder / "README.md").write_text(README.format(seed=seed), encoding="utf-8")
 
 
 def report(out, rows):
-    """Print rows per split and group, hours of audio, vocabulary sizes and a few rows."""
+    """Print rows per split and group, hours of audio and vocabulary sizes."""
     table = [["group", *SPLITS]]
     for group in MIX:
         counts = [sum(row["group"] == group for row in rows[split]) for split in SPLITS]
@@ -598,7 +593,6 @@ def report(out, rows):
         words = len(set(re.findall(r"[\w']+", answers.lower())))
         characters = len(set("".join(row["transcript"] for row in part)))
         print(f"{name} rows: {words} words in answers, {characters} characters in transcripts")
-    print(*(json.dumps(row, ensure_ascii=False) for row in rows["train"][:4]), sep="\n")
 
 
 def main(arguments=None):
@@ -614,20 +608,11 @@ def main(arguments=None):
         add(f"--{split}", type=int, default=rows, help=f"rows (default {rows})")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    out = args.out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        sys.exit(f"{args.out} is there already and not empty: remove it or choose another --out")
     check_packages(args.sounds, args.transcripts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and renamed once: an interrupted build leaves nothing half-written.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        corpus = Path(folder) / "corpus"
-        corpus.mkdir()
-        sizes = {split: getattr(args, split) for split in SPLITS}
-        rows = build(corpus, args.sounds, args.transcripts, sizes, args.seed)
-        corpus.rename(out)
-    report(out, rows)
-    print(f"wrote {args.out}")
+    sizes = {split: getattr(args, split) for split in SPLITS}
+    with new_corpus(args.out) as corpus:
+        build(corpus, args.sounds, args.transcripts, sizes, args.seed)
+    report(args.out, corpus.rows)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ German and 35 more.
         --translations data/covost_v2.en_de.tsv --out data/ast
 
 Get the translations from CoVoST's page, facebookresearch/covost on GitHub (Wang et al. 2020;
-licence CC0 by its README, CC BY-NC 4.0 by the dataset's card on Hugging Face), and the recordings
-from Mozilla Common Voice (CC0), source language English, in the release that CoVoST 2 was made
-from: Corpus 4, 2019-12-10.
+licence CC0 by its README, CC BY-NC 4.0 by the dataset's card on Hugging Face), unpacked from
+https://dl.fbaipublicfiles.com/covost/covost_v2.en_de.tsv.tar.gz, and the recordings from Mozilla
+Common Voice (CC0), source language English: Corpus 4 (2019-12-10), which CoVoST 2 was made from, or
+Scripted Speech 24.0 (2025-12-05), which LEAF's official code fetches (87.7 GB, from
+datacollective.mozillafoundation.org, dataset cmj8u3p1w0075nxxbe8bedl00, with an account).
 
     covost_v2.en_de.tsv         columns path, translation, split; the file's name tells the two
                                 languages
@@ -21,10 +23,10 @@ they have 289,430, 15,531 and 15,531 rows (the card). As there, a quotation mark
 character like any other, and a backslash escapes the next one. Rows are shuffled, for train.py may
 evaluate on the first ones only, and those might be of few speakers.
 
-Some MP3 files of Corpus 4 are empty, and another release may lack some of the recordings. Both are
-left out and counted; only a split with nothing left is refused. Compare the counts before you
-compare scores. Rows point to the MP3 files by absolute path: nothing is copied. `sentence` becomes
-the transcript, as it was written.
+Sizes differ between the releases: one may lack a recording that the other has, or no longer count
+it as validated, and some MP3 files of Corpus 4 are empty. All that is left out is counted; compare
+the counts before you compare scores. Rows point to the MP3 files by absolute path: nothing is
+copied. `sentence` becomes the transcript, as it was written.
 
 The prompts' wording is ours. LEAF's (Grimoid/LEAF, commit c7623e3,
 scripts/data_prep/prepare_covost2_en_de*.py) is one of three for training, chosen by a hash of the
@@ -39,7 +41,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpora import AUDIO, SPLITS, locate, new_corpus, refuse, shuffled, wording
+from corpora import (
+    AUDIO,
+    SPLITS,
+    Odd,
+    locate,
+    new_corpus,
+    read_table,
+    refuse,
+    shuffled,
+    text_of,
+    wording,
+)
 
 SPLIT_OF = {"train": "train", "train_covost": "train", "dev": "validation", "test": "test"}
 LANGUAGES = {
@@ -55,61 +68,39 @@ WORDINGS = (
 )
 
 
-def read_tsv(file, columns):
+def read_tsv(file, columns, corpus):
     """Yield the named columns of each line."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
-        try:
-            header = next(reader, [])
-            if not set(columns) <= set(header):
-                found = ", ".join(header)[:200]
-                refuse(f"{file}: expected the columns {', '.join(columns)}, found {found}")
-            places = [header.index(column) for column in columns]
-            for fields in reader:
-                if fields and not max(places) < len(fields) <= len(header):
-                    place = f"{file}, line {reader.line_num}"
-                    refuse(f"{place}: expected {len(header)} fields, found {len(fields)}")
-                if fields:
-                    yield [fields[i].strip() for i in places]
-        except (csv.Error, UnicodeDecodeError) as error:
-            refuse(f"{file}, after line {reader.line_num}: {error}")
+    # A byte that is not UTF-8 spoils its own line only.
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}
+        yield from read_table(file, lines, columns, corpus, **dialect)
 
 
-def build(voice, translations, language):
-    """{split: rows}. Prints what is left out."""
+def build(corpus, voice, translations, language):
+    """Fill the corpus."""
+    columns = ("path", "translation", "split")
     wanted = {
         path: (translation, SPLIT_OF[split])
-        for path, translation, split in read_tsv(translations, ("path", "translation", "split"))
+        for path, translation, split in read_tsv(translations, columns, corpus)
         if split in SPLIT_OF
     }
-    rows = {split: [] for split in SPLITS}
-    silent = []
-    empty = []
-    spoken = read_tsv(voice / "validated.tsv", ("path", "sentence"))
+    spoken = read_tsv(voice / "validated.tsv", ("path", "sentence"), corpus)
     for path, sentence in tqdm(spoken, unit="clip", leave=False, disable=None):
         if path not in wanted:
             continue
         translation, split = wanted.pop(path)
-        audio = voice / "clips" / path
-        if not audio.is_file() or not audio.stat().st_size:
-            silent.append(path)
-        elif not translation:
-            empty.append(path)
-        else:
+        with corpus.row(path):
+            audio = voice / "clips" / path
+            if not audio.is_file() or not audio.stat().st_size:
+                raise Odd("recording missing or empty in clips")
+            translation = text_of(translation, "translation")
+            transcript = {"transcript": text_of(sentence, "sentence")} if sentence else {}
             prompt = wording(split, WORDINGS, sentence).format(language)
             row = {"audio": str(audio), "prompt": prompt, "reference": translation}
-            if sentence:
-                row["transcript"] = sentence
-            rows[split].append(row)
-    reasons = {
-        "not in validated.tsv": list(wanted),
-        "missing or empty in clips": silent,
-        "without translation": empty,
-    }
-    for reason, paths in reasons.items():
-        if paths:
-            print(f"left out: {len(paths)} recordings {reason}, e.g. {', '.join(paths[:3])}")
-    return {split: shuffled(rows[split]) for split in SPLITS}
+            corpus.rows[split].append({**row, **transcript})
+    if wanted:
+        corpus.left_out["not in validated.tsv"] += wanted
+    corpus.rows = {split: shuffled(corpus.rows[split]) for split in SPLITS}
 
 
 def main(arguments=None):
@@ -125,9 +116,9 @@ def main(arguments=None):
     if not name or name[2] not in LANGUAGES or not args.translations.is_file():
         wanted = "a file covost_v2.SOURCE_TARGET.tsv, unpacked, e.g. covost_v2.en_de.tsv"
         refuse(f"{args.translations}: expected {wanted}")
-    with new_corpus(args.out) as rows:
+    with new_corpus(args.out) as corpus:
         voice = locate(args.common_voice, name[1], ("validated.tsv", "clips"))
-        rows.update(build(voice, args.translations, LANGUAGES[name[2]]))
+        build(corpus, voice, args.translations, LANGUAGES[name[2]])
 
 
 if __name__ == "__main__":

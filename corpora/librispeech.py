@@ -23,9 +23,8 @@ mostly look, and the reward tells capitals from small letters. A split of severa
 names as `group`, so that they are reported apart. Rows are shuffled, for train.py may evaluate on
 the first ones only, and those would be one reader's.
 
-No subset has gaps, so a recording that is missing means a folder that was not unpacked to the end:
-it is refused. A few recordings last more than 30 s; train.py takes them with
---max-audio-seconds 36.
+Recordings that are missing are left out and counted. No subset has gaps: it was not unpacked to the
+end. A few recordings last more than 30 s; train.py takes them with --max-audio-seconds 36.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpora import AUDIO, SPLITS, locate, new_corpus, refuse, shuffled
+from corpora import AUDIO, SPLITS, Odd, locate, new_corpus, refuse, shuffled, text_of
 
 PROMPT = AUDIO + "Write down what is said."
 SUBSETS = (
@@ -68,28 +67,25 @@ def download(folder, subsets):
             refuse(f"{trouble}; remove what there is of it and try again")
 
 
-def read_subset(folder):
-    """[(audio file, words)] of a subset, in the order of the file names. Refused unless every
-    recording is there."""
+def read_subset(folder, corpus):
+    """[(audio file, words)] of a subset, in the order of the file names."""
     spoken = []
-    missing = []
     files = sorted(folder.glob("*/*/*.trans.txt"))
     for file in tqdm(files, folder.name, unit="chapter", leave=False, disable=None):
         chapter = file.name.removesuffix(".trans.txt")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            name, _, words = line.strip().partition(" ")
-            if not words or "-".join(name.split("-")[:2]) != chapter:
-                wanted = "the name of a recording and its words"
-                refuse(f"{file}, line {number}: expected {wanted}, found {line[:80]!r}")
-            audio = file.with_name(f"{name}.flac")
-            spoken.append((audio, words.lower()))
-            if not audio.is_file():
-                missing.append(audio)
+        lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        for number, line in enumerate(lines, start=1):
+            with corpus.row(f"{file.name}, line {number}"):
+                name, _, words = line.strip().partition(" ")
+                if "-".join(name.split("-")[:2]) != chapter:
+                    raise Odd("no recording's name", line[:80])
+                audio = file.with_name(f"{name}.flac")
+                words = text_of(words, "words").lower()
+                if not audio.is_file():
+                    raise Odd("recording missing", audio)
+                spoken.append((audio, words))
     if not files:
         refuse(f"{folder}: expected SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt in it, found none")
-    if missing:
-        gaps = f"{len(missing)} of {len(spoken)} recordings are missing, e.g. {missing[0]}"
-        refuse(f"{folder}: {gaps}; unpack it again")
     return spoken
 
 
@@ -117,7 +113,7 @@ def main(arguments=None):
     chosen = [subset for split in SPLITS for subset in getattr(args, split)]
     if len(set(chosen)) < len(chosen):
         refuse(f"a subset is named twice: {', '.join(chosen)}")
-    with new_corpus(args.out) as rows:
+    with new_corpus(args.out) as corpus:
         if args.download:
             download(args.librispeech, chosen)
         folder = locate(args.librispeech, "LibriSpeech", chosen)
@@ -126,10 +122,10 @@ def main(arguments=None):
             part = []
             for subset in subsets:
                 group = {"group": subset} if len(subsets) > 1 else {}
-                for audio, words in read_subset(folder / subset):
+                for audio, words in read_subset(folder / subset, corpus):
                     row = {"audio": str(audio), "prompt": PROMPT, "reference": words}
                     part.append({**row, "transcript": words, **group})
-            rows[split] = shuffled(part)
+            corpus.rows[split] = shuffled(part)
 
 
 if __name__ == "__main__":

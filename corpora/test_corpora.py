@@ -1,6 +1,8 @@
 """The scripts of corpora/, on made-up files in the publishers' layouts, and synthetic speech."""
 
+import collections
 import gzip
+import hashlib
 import itertools
 import json
 import re
@@ -14,7 +16,16 @@ import soundfile
 import torch
 
 import data
-from corpora import asterisk, covost2, librispeech, librisqa, new_corpus, synthetic
+from corpora import (
+    SPLITS,
+    asterisk,
+    covost2,
+    librispeech,
+    librisqa,
+    longaudio,
+    new_corpus,
+    synthetic,
+)
 from data import AUDIO
 from test_leaf import read_json_lines, same, seeded, write_tone
 
@@ -47,21 +58,27 @@ def make_packages(root):
             "beep: [a tone]",
             "vm-none:",
             "unrecorded: Nobody said this.",
+            "vm-broken: Nobody can hear this.",
+            "vm-0: Not \udcff in UTF-8.",
         ]
+        (root / "sounds" / voice / "vm-broken.wav").write_bytes(b"RIFF")
         for i in range(30):
             burst(root / "sounds" / voice / f"vm-{i}.wav", 0.6)
             first, last = divmod(i, 6)
             lines.append(f"vm-{i}: Sentence{'abcdef'[first]} number{'uvwxyz'[last]}, café 7...")
         path = root / "doc" / asterisk.TRANSCRIPT.format(language)
         path.parent.mkdir(parents=True)
-        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+        path.write_bytes(gzip.compress("\n".join(lines).encode(errors="surrogateescape")))
+
+
+def folders_of(root):
+    return ["--sounds", root / "sounds", "--transcripts", root / "doc"]
 
 
 def build_asterisk(root, name, *extra):
     sizes = "--train 64 --validation 24 --test 24".split()
-    folders = ["--sounds", str(root / "sounds"), "--transcripts", str(root / "doc")]
-    asterisk.main(["--out", str(root / name), *folders, *sizes, *extra])
-    return {split: read_json_lines(root / name / f"{split}.jsonl") for split in asterisk.SPLITS}
+    run_script(asterisk, "--out", root / name, *folders_of(root), *sizes, *extra)
+    return {split: read_json_lines(root / name / f"{split}.jsonl") for split in SPLITS}
 
 
 def words(text):
@@ -108,7 +125,7 @@ def test_asterisk_corpus(tmp_path, capsys):
                 found.add((language, tuple(row["slots"])))
         return found
 
-    train, validation, test = map(contents, asterisk.SPLITS)
+    train, validation, test = map(contents, SPLITS)
     assert not (train & validation or train & test or validation & test)
 
     # The same seed gives the same bytes, another one does not; a folder in use is left alone, and
@@ -117,14 +134,15 @@ def test_asterisk_corpus(tmp_path, capsys):
     build_asterisk(tmp_path, "again")
     printed = capsys.readouterr().out
     assert all(group in printed for group in asterisk.MIX) and "hours" in printed
+    # One that cannot be read in each language.
+    assert re.search(r"left out: 3 rows, .*LibsndfileError.*, e\.g\. \S+vm-broken\.wav", printed)
     for path in (tmp_path / "made").rglob("*.*"):
         same_file = tmp_path / "again" / path.relative_to(tmp_path / "made")
         assert path.read_bytes() == same_file.read_bytes(), path
     other = build_asterisk(tmp_path, "other", "--seed", "1")
     references, others = ([row["reference"] for row in x["train"]] for x in (rows, other))
     assert others != references
-    with pytest.raises(SystemExit, match="not empty"):
-        build_asterisk(tmp_path, "made")
+    refused(capsys, asterisk, "not empty", "--out", tmp_path / "made", *folders_of(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"sounds", "doc", "made", "again", "other"}
 
 
@@ -148,7 +166,7 @@ def test_asterisk_missing_packages(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# librispeech, librisqa, covost2: made-up trees in the publishers' layouts
+# librispeech, librisqa, covost2, longaudio: made-up trees in the publishers' layouts
 
 
 def run_script(script, *arguments):
@@ -232,23 +250,52 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
     ):
         refused(capsys, librispeech, why, "--librispeech", folder, *test, *extra)
     test = ["--librispeech", speech, *test]
-    Path(files["dev-clean"][1]).unlink()
-    why = r"dev-clean: 1 of 2 recordings are missing, e\.g\. \S*62-0-0001\.flac"
-    refused(capsys, librispeech, why, *test)
+    # One row never ends the build.
+    Path(files["test-clean"][1]).unlink()
+    spoken = speech / "test-clean/63/1/63-1.trans.txt"
+    spoken.write_bytes(b"63-1-0000 ONE\n\n63-1-0000\n62-1-0001 TWO\n63-1-0002 \xff\n" + b"x" * 9999)
+    run_script(librispeech, *test, "--out", tmp_path / "odd")
+    printed = capsys.readouterr().out
+    for count, reason in (
+        (1, r"recording missing, e\.g\. 63-0\.trans\.txt, line 2: \S+63-0-0001\.flac"),
+        (3, r"no recording's name, e\.g\. 63-1\.trans\.txt, line 2: ; .*line 4: 62-.*line 6: x+"),
+        (1, r"no words, e\.g\. 63-1\.trans\.txt, line 3"),
+        (1, r"words is not Unicode, e\.g\. 63-1\.trans\.txt, line 5"),
+    ):
+        assert re.search(rf"^left out: {count} rows, {reason}$", printed, re.M), printed
+    left = data.load_corpus(tmp_path / "odd", 1)
+    assert left["train"] == rows["train"] and left["validation"] == rows["validation"]
+    assert sum(row["group"] == "test-clean" for row in left["test"]) == 3
     spoken = speech / "dev-clean/62/0/62-0.trans.txt"
-    for line in ("62-0-0001", "62-1-0001 TWO"):
-        spoken.write_text(f"62-0-0000 ONE\n{line}\n")
-        why = rf"62-0\.trans\.txt, line 2: expected the name .*'{line}'"
-        refused(capsys, librispeech, why, *test)
     spoken.write_text("")
     refused(capsys, librispeech, "no row is left for the validation split", *test)
+
+    def torn(*_):
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
+        patched.setattr("builtins.print", torn)  # `| head`: the corpus is there all the same
+        run_script(
+            librispeech, "--librispeech", speech, "--validation", "test-other", "--out", "head"
+        )
+    assert [len(part) for part in data.load_corpus(tmp_path / "head", 1).values()] == [9, 3, 3]
     spoken.unlink()
     refused(capsys, librispeech, "dev-clean: expected SPEAKER/CHAPTER/", *test)
     with pytest.raises(TypeError):
-        with new_corpus(tmp_path / "new") as rows:  # stopped while it writes the second file
-            rows |= {"train": [1], "validation": [{2}], "test": [3]}
+        with new_corpus(tmp_path / "new") as corpus:  # stopped while it writes the second file
+            corpus.rows = {"train": [1], "validation": [{2}], "test": [3]}
+    for error in (OSError(28, "No space left", "audio/1.flac"), soundfile.LibsndfileError(1)):
+        with pytest.raises(SystemExit), new_corpus(tmp_path / "new"):
+            raise error
+        assert re.search("new is not made: .*(No space .*1.flac|Format)", capsys.readouterr().err)
     # Whole, or not at all.
-    assert {path.name for path in tmp_path.iterdir()} == {"LibriSpeech", "made", "again"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "LibriSpeech",
+        "made",
+        "again",
+        "odd",
+        "head",
+    }
 
 
 def test_librispeech_download(tmp_path, monkeypatch, capsys):
@@ -330,29 +377,43 @@ def test_librisqa_corpus(tmp_path, capsys):
     run_script(librisqa, *options, tmp_path / "seed1", "--seed", "1")
     assert contents(tmp_path / "made")["train.jsonl"] != contents(tmp_path / "seed1")["train.jsonl"]
 
-    # Gone: recording 5 and answer 10. The rest stays in its split.
+    # Recording 5 is gone, and these are odd. The rest stays in its split.
     Path(files["train-clean-360"][5]).unlink()
     items["train"][10]["answer"] = " "
-    write("train", items["train"])
-    why = r"train: 1 of 8 .* not in \S+, e\.g\. \S+1-0002.wav; .*--skip-missing"
-    refused(capsys, librisqa, why, *options, tmp_path / "new")
-    run_script(librisqa, *options, tmp_path / "new", "--skip-missing")
+    items["train"][9] = {"question": "Why?"}
+    items["train"][8]["question"] = None
+    items["train"][1] = "Why?"
+    items["test"] += [[], None, {**items["test"][0], "answer": "\ud800"}]
+    items["test"] += [{**items["test"][0], "speech_path": "x" * 9999}]
+    for name in items:
+        write(name, items[name])
+    capsys.readouterr()
+    run_script(librisqa, *options, tmp_path / "new")
     printed = capsys.readouterr().out
-    assert "train: 1 of 8 recordings are not in" in printed
-    assert "train: 1 of 8 rows have no question or no" in printed
-    left = rows["train"][:3] + rows["train"][5:]
+    for count, reason, names in (
+        (1, "recording missing", r"LibriSQA-PartI-train.json, item 6: \S+1-0002.wav"),
+        (1, "no answer", "LibriSQA-PartI-train.json, item 11"),
+        (1, "no question", "LibriSQA-PartI-train.json, item 9"),
+        (1, "no speech_path", "LibriSQA-PartI-train.json, item 10"),
+        (
+            3,
+            r"not as expected \(AttributeError\)",
+            "LibriSQA-PartI-train.json, item 2: 'str' obj.*",
+        ),
+        (1, "answer is not Unicode", "LibriSQA-PartI-test.json, item 8"),
+        (1, r"not as expected \(OSError\)", "LibriSQA-PartI-test.json, item 9: .*too long.*"),
+    ):
+        assert re.search(rf"^left out: {count} rows, {reason}, e\.g\. {names}$", printed, re.M), (
+            printed
+        )
+    left = [row for row in rows["train"] if row["reference"].split()[1] in ("2", "0", "3")]
     assert data.load_corpus(tmp_path / "new", 1) == {**rows, "train": left}
     for why, changed in (
-        (r"test\.json: expected a list of questions, found \{'speech_path'", items["test"][0]),
-        (
-            r"item 3: expected .*answer, found \{'question': 'Why\?'\}",
-            items["test"][:2] + [{"question": "Why?"}],
-        ),
-        (r"item 1: expected .*'answer': None", [{**items["test"][0], "answer": None}]),
+        (r"test\.json: expected a list, found \{'speech_path'", items["test"][0]),
         ("no row is left for the test split", []),
     ):
         write("test", changed)
-        refused(capsys, librisqa, why, *options, tmp_path / "bad", "--skip-missing")
+        refused(capsys, librisqa, why, *options, tmp_path / "bad")
     (questions / "LibriSQA-PartI-test.json").write_text('[{"speech_path"')
     refused(capsys, librisqa, r"test\.json is not JSON \(", *options, tmp_path / "bad")
     found = "found test-clean, train-clean-360$"
@@ -391,16 +452,17 @@ def test_covost2_corpus(tmp_path, capsys):
             (clips / f"{name}.mp3").write_bytes(b"x" if name != "empty" else b"")
 
     def write(spoken, translated):
-        (clips.parent / "validated.tsv").write_text("\n".join(spoken) + "\n", encoding="utf-8")
-        tsv.write_text("\n".join(translated) + "\n", encoding="utf-8")
+        for file, lines in ((clips.parent / "validated.tsv", spoken), (tsv, translated)):
+            file.write_bytes("".join(f"{x}\n" for x in lines).encode(errors="surrogateescape"))
 
     write(spoken, translated)
     options = ["--common-voice", clips.parent, "--translations", tsv, "--out"]
     run_script(covost2, *options, tmp_path / "made")
     printed = capsys.readouterr().out
-    assert "1 recordings not in validated.tsv, e.g. old.mp3\n" in printed
-    assert "2 recordings missing or empty in clips, e.g. gone.mp3, empty.mp3\n" in printed
-    assert "1 recordings without translation, e.g. mute.mp3\n" in printed
+    assert "1 rows, not in validated.tsv, e.g. old.mp3\n" in printed
+    assert "2 rows, recording missing or empty in clips, e.g. gone.mp3; empty.mp3\n" in printed
+    assert "1 rows, no translation, e.g. mute.mp3\n" in printed
+    assert printed.isascii()  # whatever the terminal can show
     rows = data.load_corpus(tmp_path / "made", 1)
     for split, part in rows.items():
         assert {(row["audio"], row["transcript"], row["reference"]) for row in part} == want[split]
@@ -426,16 +488,6 @@ def test_covost2_corpus(tmp_path, capsys):
             translated,
         ),
         (
-            "validated.tsv, line 3: expected 4 fields, found 2$",
-            [*spoken[:2], "c\ten_01.mp3", *spoken[2:]],
-            translated,
-        ),
-        (
-            "en_de.tsv, line 2: expected 3 fields, found 4$",
-            spoken,
-            [translated[0], "a\tb\ttest\tc"],
-        ),
-        (
             "en_de.tsv: expected the columns .*split, found <!DOCTYPE html>$",
             spoken,
             ["<!DOCTYPE html>"],
@@ -444,17 +496,272 @@ def test_covost2_corpus(tmp_path, capsys):
     ):
         write(*changed)
         refused(capsys, covost2, why, *options)
-    tsv.write_bytes(b"path\ttranslation\tsplit\na\t\xff\ttest\n")
-    refused(capsys, covost2, "en_de.tsv, after line .*decode", *options)
+    # As Common Voice has it today, other columns and all; and lines that are odd.
+    old, *said = spoken
+    new = "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes".split("\t")
+    said = ["c\t{}\tf00d\t{}\t\t2".format(*line.split("\t")[1:3]) for line in said]
+    said[1:1] = ["c\ten_01.mp3", "", "c\t" + "x" * 200_000 + "\t\t\t\t", "c" + "\t" * 6]
+    said += ["c\tbyte.mp3\tf00d\t\udcff\t\t2"]
+    (clips / "byte.mp3").write_bytes(b"x")
+    more = ["a\tb\ttest\tc", "byte.mp3\tSo.\ttrain", "en_00.mp3\t\udcff\ttrain"]
+    write(["\t".join(new), *said], [*translated, *more])
+    run_script(covost2, *options)
+    printed = capsys.readouterr().out
+    names = r"validated\.tsv, line 3; validated\.tsv, line 6"
+    assert re.search(
+        rf"left out: 2 rows, other fields than the header's 6, e\.g\. {names}\n", printed
+    )
+    names = r"covost_v2\.en_de\.tsv, line 26"
+    assert re.search(
+        rf"left out: 1 rows, other fields than the header's 3, e\.g\. {names}\n", printed
+    )
+    assert (
+        "left out: 1 rows, not as expected (Error), e.g. validated.tsv, line 5: field " in printed
+    )
+    assert "left out: 1 rows, sentence is not Unicode, e.g. byte.mp3" in printed
+    assert "left out: 1 rows, translation is not Unicode, e.g. en_00.mp3" in printed
+    left = data.load_corpus(tmp_path / "new", 1)
+    assert left["test"] == rows["test"] and left["validation"] == rows["validation"]
+    assert left["train"] != rows["train"]
+    assert len(left["train"]) == len(rows["train"]) - 1
+    options[-1] = tmp_path / "bad"
     for name in ("covost_v2.en_de.tsv.tar.gz", "covost_v2.en_xx.tsv", "covost_v2.de_en.tsv"):
         if "de_en" not in name:  # which is not there
             (clips / name).write_text("path\ttranslation\tsplit\n")
         why = f"{name}: expected a file covost_v2.SOURCE_TARGET.tsv"
         refused(capsys, covost2, why, *options, "--translations", clips / name)
-    found = r"found covost_v2.en_de.*, empty.mp3, .*, \.\.\.$"
+    found = r"found byte.mp3, covost_v2.en_de.*, empty.mp3, .*, \.\.\.$"
     why = f"clips: expected validated.tsv and clips in it, {found}"
     refused(capsys, covost2, why, *options, "--common-voice", clips)
-    assert {path.name for path in tmp_path.iterdir()} == {"cv", tsv.name, "made", "again"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cv", tsv.name, "made", "again", "new"}
+
+
+def make_longaudio(root):
+    """The questions, {split: rows wanted}, and {sound: samples}: noise in the publishers' trees."""
+    rng = np.random.default_rng(0)
+    heard = {}
+
+    def noise(file, seconds, rate):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(file, rng.uniform(-0.3, 0.3, int(seconds * rate)), rate)
+        return soundfile.read(file, dtype="float32")[0]
+
+    for dialogue, turns in ((0, 1), (1, 12), (2540, 2)):
+        folder = root / "dailytalk" / "data" / str(dialogue)
+        parts = [noise(folder / f"{i}_{i % 2}_d{dialogue}.wav", 0.1, 44100) for i in range(turns)]
+        heard[f"{dialogue}.wav"] = np.concatenate(parts)
+    for speech, kind in (("en.20080925.16.4-121", "flac"), ("en.20081023.4.4-026", "wav")):
+        audio = noise(root / "v1.1" / "en" / "audios" / f"{speech}.{kind}", 2, 16000)
+        heard[f"{speech}_0.0_0.74.wav"] = audio[: int(0.74 * 16000)]
+        heard[f"{speech}_1.11_1.58.wav"] = audio[int(1.11 * 16000) : int(1.58 * 16000)]
+    session = "20171116-0900-PLENARY-5"
+    audio = noise(root / "voxpopuli/raw_audios/en/2017" / f"{session}_en.ogg", 15, 16000)
+    lines = ["session_id|id_|original_text|split|vad"]
+    for number, vad in enumerate(([(0.5, 1.25)], [(2, 2.5), (8.25, 8.75)])):
+        paragraph = f"en_20171116-10:38:16_{number}"
+        lines.append(f'{session}|{paragraph}|"He said ""so | so""."||{[list(x) for x in vad]}')
+        pieces = [audio[int(start * 16000) : int(end * 16000)] for start, end in vad]
+        heard[f"en/2017/{session}-{paragraph}.wav"] = np.concatenate(pieces)
+    lines += [f"{session}|short", f"{session}|odd||train|[[1, 2]"]
+    (root / "voxpopuli/transcribed_data/en").mkdir(parents=True)
+    table = "\n".join(lines).encode() + b"\n\xff\n"
+    (root / "voxpopuli/transcribed_data/en/asr_en.tsv.gz").write_bytes(gzip.compress(table))
+
+    wanted = {split: [] for split in SPLITS}
+    (root / "LongAudio" / "longaudio_xl").mkdir(parents=True)
+    for name, pattern in (
+        ("DailyTalk", r"\d+\.wav"),
+        ("Europarl", r"en\..*"),
+        ("VoxPopuli", "en/.*"),
+    ):
+        sounds = [sound for sound in heard if re.fullmatch(pattern, sound)]
+        items = []
+        for i in range(40):
+            one = sounds[i % len(sounds)]
+            both = [one, sounds[(i + 1) % len(sounds)]]
+            question = {"from": "human", "value": f"<sound>\nWhy {i}, ä?"}
+            answer = {"from": "gpt", "value": f" Since {i}. "}
+            again = [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "No."}]
+            items.append({"id": i, "sound": both if i % 3 else one, "duration": 30.0})
+            items[-1]["conversations"] = [question, answer] + (again if i % 2 else [])
+            tenth = int.from_bytes(hashlib.md5(b"%d" % i).digest()[:4], "big") * 10 >> 32
+            split = ("test", "validation", *["train"] * 8)[tenth]
+            audio = np.concatenate([heard[sound] for sound in (both if i % 3 else [one])])
+            prompt = f"{AUDIO}\nWhy {i}, ä?"
+            wanted[split].append((name, prompt, f"Since {i}.", audio))
+        file = root / "LongAudio" / "longaudio_xl" / f"{name}_LongAudio.json"
+        file.write_text(json.dumps(items))
+    return wanted
+
+
+def test_longaudio_corpus(tmp_path, capsys):
+    wanted = make_longaudio(tmp_path)
+    questions = tmp_path / "LongAudio" / "longaudio_xl"
+    trees = {
+        "DailyTalk": ["--dailytalk", tmp_path],
+        "Europarl": ["--europarl-st", tmp_path / "v1.1"],
+        "VoxPopuli": ["--voxpopuli", tmp_path / "voxpopuli"],
+    }
+    options = ["--longaudio", questions, *sum(trees.values(), []), "--out"]
+    run_script(longaudio, *options, tmp_path / "made")
+    printed = capsys.readouterr().out
+    assert (
+        "left out: 2 rows, other fields than the header's 5, e.g. asr_en.tsv.gz, line 4" in printed
+    )
+    assert printed.count("left out") == 1
+    rows = data.load_corpus(tmp_path / "made", 40)
+    groups = {"DailyTalk": "dailytalk", "Europarl": "europarl-st", "VoxPopuli": "voxpopuli"}
+    for split, part in rows.items():
+        found = {(row["group"], row["prompt"]): row for row in part}
+        assert len(found) == len(part) == len(wanted[split])
+        for name, prompt, reference, audio in wanted[split]:
+            row = found[groups[name], prompt]
+            assert row["reference"] == reference
+            samples, rate = soundfile.read(row["audio"], dtype="float32")
+            assert rate == (44100 if name == "DailyTalk" else 16000)
+            assert samples.shape == audio.shape and np.abs(samples - audio).max() < 1e-4
+        assert [row["group"] for row in part] != sorted(row["group"] for row in part)
+    audio = {row["audio"] for part in rows.values() for row in part}
+    assert len(audio) == len(list((tmp_path / "made" / "audio").iterdir())) < 20
+    # One publisher alone: no groups. The same again, whole.
+    for name in ("one", "again"):
+        run_script(
+            longaudio,
+            "--longaudio",
+            tmp_path / "LongAudio",
+            *trees["DailyTalk"],
+            "--out",
+            tmp_path / name,
+        )
+    assert contents(tmp_path / "one" / "audio") == contents(tmp_path / "again" / "audio")
+    one = data.load_corpus(tmp_path / "one", 40)
+    assert not any("group" in row for row in one["train"])
+
+
+def test_longaudio_odd_rows(tmp_path, capsys):
+    """Each left out with the reason and counted; none ends the build."""
+    make_longaudio(tmp_path)
+    audios = tmp_path / "v1.1" / "en" / "audios"
+    (audios / "m4a.m4a").write_bytes(b"ftyp")
+    (audios / "torn.flac").write_bytes(b"fLaC")
+    write_tone(audios / "long.flac", 41, 8000)
+    write_tone(audios / "slow.flac", 1, 8000)
+    (tmp_path / "dailytalk" / "data" / "7").mkdir()
+    speech = "en.20080925.16.4-121"
+    session = "en/2017/20171116-0900-PLENARY-5-en"
+    question = {"from": "human", "value": "<sound>Why?"}
+    answer = {"from": "gpt", "value": "So."}
+    choice = {"from": "human", "value": "<sound>Who? Choose the correct option from A or B."}
+    odd = [
+        ("Europarl", "longer than 40 s", {"duration": 40.01}),
+        ("Europarl", "longer than 40 s", {"sound": "long_0_40.5.wav", "duration": "40"}),
+        ("Europarl", "multiple choice", {"conversations": [choice, answer]}),
+        (
+            "Europarl",
+            "multiple choice",
+            {"conversations": [question, {**answer, "value": "(A) So."}]},
+        ),
+        (
+            "Europarl",
+            "question without exactly one <sound>",
+            {"conversations": [{**question, "value": "Why?"}, answer]},
+        ),
+        ("Europarl", "no answer", {"conversations": [question]}),
+        ("Europarl", "no question", {"conversations": [{**question, "value": None}, answer]}),
+        (
+            "Europarl",
+            "answer is not Unicode",
+            {"conversations": [question, {**answer, "value": "\ud800"}]},
+        ),
+        ("Europarl", "not as expected (TypeError)", {"conversations": None}),
+        ("Europarl", "not as expected (TypeError)", {"conversations": "[]"}),
+        ("Europarl", "not as expected (TypeError)", {"duration": None}),
+        ("Europarl", "not as expected (ValueError)", {"duration": "long"}),
+        ("Europarl", "not as expected (KeyError)", "id"),
+        ("Europarl", "not as expected (TypeError)", None),
+        ("Europarl", "not as expected (AttributeError)", {"sound": 5}),
+        ("Europarl", "not as expected (TypeError)", {"sound": [[]]}),
+        ("Europarl", "recording empty", {"sound": []}),
+        ("Europarl", "recording missing", {"sound": "gone_0_1.wav"}),
+        ("Europarl", "recording empty", {"sound": f"{speech}_1_1.wav"}),
+        (
+            "Europarl",
+            "M4A, to be converted as corpora/longaudio.py says",
+            {"sound": "m4a_0_1.wav"},
+        ),
+        ("Europarl", "not as expected (LibsndfileError)", {"sound": "torn_0_1.wav"}),
+        ("Europarl", "not as expected (LibsndfileError)", {"sound": f"{speech}_5_6.wav"}),
+        ("Europarl", "not as expected (OSError)", {"sound": "x" * 9999 + "_0_1.wav"}),
+        ("Europarl", "not as expected (ValueError)", {"sound": "speech.wav"}),
+        ("Europarl", "parts of different rates", {"sound": [f"{speech}_0_1.wav", "slow_0_1.wav"]}),
+        ("DailyTalk", "recording missing", {"sound": "7.wav"}),
+        (
+            "VoxPopuli",
+            "recording not in asr_en.tsv.gz",
+            {"sound": f"{session}_20171116-10:38:16_9.wav"},
+        ),
+        (
+            "VoxPopuli",
+            "not as expected (SyntaxError)",
+            {"sound": "20171116-0900-PLENARY-5-odd.wav"},
+        ),
+    ]
+    counts = collections.Counter({"other fields than the header's 5": 2})
+    for name in ("DailyTalk", "Europarl", "VoxPopuli"):
+        file = tmp_path / "LongAudio" / "longaudio_xl" / f"{name}_LongAudio.json"
+        items = json.loads(file.read_text())
+        for _, reason, changed in (case for case in odd if case[0] == name):
+            item = {**items[3], "conversations": [question, answer]}
+            if isinstance(changed, str):
+                del item[changed]
+            items.append({**item, **changed} if isinstance(changed, dict) else item)
+            if changed is None:
+                items[-1] = None
+            counts[reason] += 1
+        file.write_text(json.dumps(items))
+    trees = ["--dailytalk", tmp_path, "--europarl-st", tmp_path, "--voxpopuli", tmp_path]
+    options = ["--longaudio", tmp_path / "LongAudio", "--out", tmp_path / "made"]
+    run_script(longaudio, *options, *trees)
+    printed = capsys.readouterr().out
+    found = re.findall(r"^left out: (\d+) rows, (.*?), e\.g\. ", printed, re.M)
+    assert {reason: int(count) for count, reason in found} == counts
+    assert re.search(r"recording missing, e\.g\. DailyTalk\S+, item 41: \S+/data/7; Euro", printed)
+    assert re.search(r"; Europarl\S+, item 58: \S+/en/audios/gone\.flac\n", printed), printed
+    assert sum(map(len, data.load_corpus(tmp_path / "made", 40).values())) == 120
+
+    options[-1] = tmp_path / "new"
+    refused(capsys, longaudio, "one or more of --dailytalk, --europarl-st, --voxp", *options)
+    why = "LongAudio: expected data in it, found longaudio_xl"
+    refused(capsys, longaudio, why, *options, "--dailytalk", tmp_path / "LongAudio")
+    why = "v1.1: expected Europarl_LongAudio.json in it, found en"
+    refused(capsys, longaudio, why, *options, *trees[2:4], "--longaudio", tmp_path / "v1.1")
+    table = tmp_path / "voxpopuli" / "transcribed_data" / "en" / "asr_en.tsv.gz"
+    table.write_bytes(table.read_bytes()[:-20])
+    refused(capsys, longaudio, r"asr_en\.tsv\.gz cannot be read \(.*again", *options, *trees[4:])
+    file = tmp_path / "LongAudio" / "longaudio_xl" / "DailyTalk_LongAudio.json"
+    for wrong in ("[" * 100_000, "{", '[{"id": 1e'):
+        file.write_text(wrong)
+        refused(capsys, longaudio, r"DailyTalk_LongAudio\.json is not JSON", *options, *trees[:2])
+    assert not (tmp_path / "new").exists()
+
+
+def test_full_disk(tmp_path, capsys, monkeypatch):
+    """Names the path, leaves nothing; it is not taken for an odd row."""
+    make_longaudio(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    options = ["--longaudio", tmp_path / "LongAudio", "--dailytalk", tmp_path]
+    why = r"audio/dailytalk-00000\.flac: .*No space left"
+    refused(capsys, longaudio, why, *options, "--out", tmp_path / "made")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "LongAudio",
+        "dailytalk",
+        "v1.1",
+        "voxpopuli",
+    }
 
 
 # --------------------------------------------------------------------------------------------------
