@@ -822,10 +822,13 @@ def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
     if not file.is_file():
         raise DataError(f"{file} is missing")
     tensors = load_file(file)
-    for name, tensor in named.items():
-        saved = tensors.get(f"value.{name}")
-        if saved is None or saved.shape != tensor.shape:
-            raise DataError(f"{file} has no {name} of shape {tuple(tensor.shape)}")
+    missing = {f"value.{name}" for name in named} - tensors.keys()
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if name not in named or tensor.shape != (() if kind == "step" else named[name].shape):
+            missing.add(key)
+    if missing:
+        raise DataError(f"{file} lacks {min(missing)}, or has it in another shape")
     refuse_unless_finite(tensors, f"{file} is not used")
     if not isinstance(state, dict) or "credit" not in state:
         raise DataError(f"{path / 'state.json'} names no credit rule")
