@@ -1285,7 +1285,7 @@ def test_model_files(seed, tmp_path):
         {"rope_parameters": {"rope_type": "yarn"}},
     ):
         edit_json(tmp_path / "config.json", text_config=config["text_config"] | rope)
-        refused("rotary")
+        refused("rope_")
 
 
 # Loads a model in bfloat16 and prints by how much the process grew at its peak, in bytes.

@@ -135,7 +135,7 @@ def test_model_files(seed, tmp_path):
         {"rope_parameters": {"rope_type": "yarn"}},
     ):
         edit_json(tmp_path / "config.json", text_config=config["text_config"] | rope)
-        refused("rotary")
+        refused("rope_")
     (tmp_path / "config.json").write_text(config_text)
     edit_json(tmp_path / "config.json", has_lora_adapter=True)
     refused("adapter_config.json and adapter_model.safetensors are missing")
