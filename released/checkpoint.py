@@ -34,9 +34,12 @@ def load_model(folder, device="cpu", dtype=None) -> SpeechLM:
     return model
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that the index names: stale shards may lie beside them."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.exists():
         return [folder / "model.safetensors"]
     with reading(index, "an index of safetensors files"):
