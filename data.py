@@ -51,9 +51,9 @@ def reading(file, expected: str):
     one line, with the file's name and what was expected."""
     try:
         yield
-    except UserError:  # says it already
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # each library has its own; tokenizers' is Exception itself
+    except BaseException as error:  # each library has its own; a panic of Rust is no Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
             f"{file} cannot be read as {expected} ({reason[:300]}); restore it, or get another"

@@ -580,6 +580,96 @@ def test_chat_templates_get_what_transformers_gives_them(checkpoint, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tokenizers_and_templates_as_others_write_them(checkpoint, tmp_path):
+    """Named templates, marked answers, special tokens in any place and form, a byte order mark."""
+    folder, processor, _ = checkpoint
+    tokens = (folder / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + tokens)
+    marked = (
+        "{% set x = 'a' %}{% for m in messages %}\n  {% generation %}\n    {%- set x = 'b' %}"
+        "{{ m.content }}{{ x }}\n  {% endgeneration %}\n{% endfor %}{{ x }}{{ eos_token }}"
+    )
+    chat = [{"role": "user", "content": AUDIO + "?"}]
+    want = processor.tokenizer.apply_chat_template(chat, chat_template=marked, tokenize=False)
+    named = [{"name": "rag", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": marked}]
+    end = "<|end_of_text|>"
+
+    def write(file, **values):
+        (tmp_path / file).write_text("\ufeff" + json.dumps(values), encoding="utf-8")
+
+    def text():
+        tokenizer = ChatTokenizer(tmp_path)
+        assert tokenizer.eos_id == processor.tokenizer.eos_token_id
+        ids = tokenizer.encode_prompt(AUDIO + "?")
+        return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+
+    for eos_token in (end, {"content": end, "special": True}):
+        write("tokenizer_config.json", eos_token=eos_token, chat_template=named)
+        assert text() == want
+        write("tokenizer_config.json", eos_token=None, chat_template=named)
+        write("special_tokens_map.json", eos_token=eos_token)
+        assert text() == want
+    write("tokenizer_config.json", chat_template={"default": marked, "tool_use": "x"})
+    assert text() == want
+    write("chat_template.json", chat_template=named)
+    write("tokenizer_config.json")
+    assert text() == want
+
+    def refused(words):
+        with pytest.raises(DataError) as error:
+            ChatTokenizer(tmp_path).encode_prompt(AUDIO + "?")
+        assert all(word in str(error.value) for word in (str(tmp_path), words)), error.value
+        assert "\n" not in str(error.value)
+
+    for template in (named[:1], [marked], [{"name": "default"}], {"rag": marked}, 5, "", None):
+        write("chat_template.json", chat_template=template)
+        refused("chat template")
+    for template in (
+        "{{ 1 / 0 }}",
+        "{{ 'x' * 10**13 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ messages[0].x.y }}",
+        "{{ [].pop() }}",
+        "{{ none + 1 }}",
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{{ strftime_now(5) }}",
+        "{{ raise_exception(5) }}",
+        "{% include 'x' %}",
+        "{{ messages | nofilter }}",
+        "{% generation %}",
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        refused("chat template")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    refused("chat_template.jinja cannot be read as text")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + marked.encode())
+    assert text() == want
+    for eos_token in (5, ["a"], {"a": end}, {"content": None}, "<|nowhere|>"):
+        write("special_tokens_map.json", eos_token=eos_token)
+        refused("no eos_token")
+    write("special_tokens_map.json", eos_token=end)
+    pieces = {"a": 0, AUDIO: 1, end: 2}
+    for content in (
+        b"",
+        b"[]",
+        b'{"model": 5}',
+        tokens[:-9],
+        json.dumps(
+            {**json.loads(tokens), "model": {"type": "WordLevel", "vocab": pieces}}
+        ).encode(),
+        json.dumps({**json.loads(tokens), "normalizer": {"type": "Precompiled"}}).encode(),
+    ):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        refused("tokenizer.json cannot be read as a tokenizer")
+    (tmp_path / "tokenizer.json").write_bytes(tokens)
+    for file in ("special_tokens_map.json", "tokenizer_config.json", "chat_template.json"):
+        for content in (b"", b"[]", b"5", b"{"):
+            (tmp_path / file).write_bytes(content)
+            refused(f"{file} cannot be read as a JSON object")
+        write(file, eos_token=end, chat_template=marked)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_tokenizer_neither_cuts_nor_pads_nor_says_none(checkpoint, tmp_path):
     folder, _, _ = checkpoint
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
