@@ -12,6 +12,7 @@ relative to it. `reward`, which comes first, is the one function to replace for 
 """
 
 import collections
+import contextlib
 import hashlib
 import io
 import json
@@ -42,6 +43,30 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """Bad input; the message names the file, the line and the reason."""
+
+
+@contextlib.contextmanager
+def reading(file, expected: str):
+    """Around what reads a file that somebody else made: whatever that raises becomes a DataError of
+    one line, with the file's name and what was expected."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # each library has its own; a panic of Rust is no Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{file} cannot be read as {expected} ({reason[:300]}); restore it, or get another"
+        ) from None
+
+
+def read_json(file) -> dict:
+    """The JSON object in a file; DataError where there is none."""
+    with reading(file, "a JSON object"):
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))  # a byte order mark may lead
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}")
+        return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,11 +316,13 @@ class Tokenizer:
     """A SentencePiece model trained on the training text, for the compact model."""
 
     def __init__(self, model_file):
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-        self.vocab_size = self.sp.vocab_size()
-        self.eos_id = self.sp.piece_to_id("</s>")
-        self.audio_id = self.sp.piece_to_id(AUDIO)
-        self.answer_id = self.sp.piece_to_id(ANSWER)
+        with reading(model_file, f"a SentencePiece model with </s>, {AUDIO} and {ANSWER}"):
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+            self.vocab_size = self.sp.vocab_size()
+            ids = [self.sp.piece_to_id(piece) for piece in ("</s>", AUDIO, ANSWER)]
+            if self.sp.unk_id() in ids:
+                raise ValueError("one of them is missing")
+        self.eos_id, self.audio_id, self.answer_id = ids
 
     @staticmethod
     def train(rows: list[dict], vocab_size: int = 800) -> bytes:

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
+
+from data import DataError, read_json, reading
 
 # The seven projections of every decoder layer. A plain list of suffixes would also match `up_proj`
 # and `down_proj` of the Conformer's feed-forwards; this pattern names the decoder, in our module
@@ -197,31 +199,34 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of safetensors files under our names, one by one to the device and in dtype.
 
-    shapes: every name that is wanted, and its shape; dtype None: as stored. Raises ValueError with
-    a list of what is unknown, missing or of another shape.
+    shapes: every name that is wanted, and its shape; dtype None: as stored. Raises DataError with
+    a list of what is unknown, missing, of another shape, no plain floating point, or not finite.
     """
     found = {}
     problems = []
     for file in files:
-        try:
+        with reading(file, "safetensors"):
             tensors = safe_open(file, framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read ({error}): get it again") from None
-        for key in tensors.keys():
-            name = our_name(key)
-            shape = tuple(tensors.get_slice(key).get_shape())
-            if name not in shapes:
-                problems.append(f"unknown {key}")
-            elif shape != tuple(shapes[name]):
-                problems.append(f"{key} is {shape}, not {tuple(shapes[name])}")
+            for key in tensors.keys():
+                name = our_name(key)
+                shape = tuple(tensors.get_slice(key).get_shape())
+                if name not in shapes:
+                    problems.append(f"unknown {key}")
+                    continue
                 found[name] = None  # listed once, and not as missing, too
-            else:
+                if shape != tuple(shapes[name]):
+                    problems.append(f"{key} is {shape}, not {tuple(shapes[name])}")
+                    continue
                 tensor = tensors.get_tensor(key)
-                if tensor.is_floating_point():
+                if name.endswith("num_batches_tracked"):
+                    found[name] = tensor.clone()  # or it would keep the whole file mapped
+                elif tensor.dtype not in WEIGHTS:
+                    problems.append(f"{key} is {tensor.dtype}, no plain float")
+                elif not is_finite(tensor):
+                    problems.append(f"{key} is not finite")
+                else:
                     found[name] = tensor.to(dtype or tensor.dtype)
-                else:  # a counter; as it was stored, it would keep the whole file mapped
-                    found[name] = tensor.clone()
-        del tensors
+            del tensors
     for name in shapes.keys() - found.keys():
         if name.endswith("num_batches_tracked"):  # no weight, and some files lack it
             found[name] = torch.zeros(shapes[name], dtype=torch.int64, device=device)
@@ -232,22 +237,30 @@ def read_tensors(
         if len(problems) > 10:
             listed += "\n  ..."
         unfit = f"does not fit the model or its config.json, {len(problems)} problems"
-        raise ValueError(f"{files[0]} {unfit}:{listed}")
+        raise DataError(f"{files[0]} {unfit}:{listed}")
     return found
+
+
+# Integers and 8-bit floats are somebody's quantisation.
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_finite(tensor) -> bool:
+    """Without a copy of it: nan and infinity show in the least or the greatest value."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 # --------------------------------------------------------------------------------------------------
 # PEFT's files: adapter_model.safetensors and adapter_config.json
 
-# Options of PEFT's LoraConfig that change what the tensors mean, and are not implemented here.
-UNSUPPORTED = (
-    "alora_invocation_tokens alpha_pattern arrow_config exclude_modules kasa_config "
-    "layer_replication layers_to_transform lora_bias modules_to_save monteclora_config "
-    "rank_pattern target_parameters trainable_token_indices use_bdlora use_dora use_qalora "
-    "use_rslora velora_config"
+# Options of PEFT's LoraConfig that no forward pass depends on.
+HARMLESS = (
+    "auto_mapping base_model_name_or_path eva_config inference_mode megatron_core peft_version "
+    "qalora_group_size revision task_type"
 ).split()
-# Ways to initialise that also change the weights of the base.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Ways to initialise that leave the weights of the base as they are.
+KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = ""):
@@ -277,39 +290,67 @@ def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = 
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def read_settings(file: Path) -> dict:
+    """A LoRA's adapter_config.json, in which nothing is set that is not implemented here.
+
+    Raises DataError with the options that are unknown and set, or not of their kind.
+    """
+    settings = {"bias": "none", "init_lora_weights": True, "lora_dropout": 0.0}
+    settings |= {name: value for name, value in read_json(file).items() if value is not None}
+    r = settings.get("r")
+    alpha = settings.get("lora_alpha")
+    dropout = settings["lora_dropout"]
+    targets = settings.get("target_modules")
+    names = [targets] if isinstance(targets, str) else targets
+    known = {
+        "peft_type": settings.get("peft_type") == "LORA",
+        "r": type(r) is int and r > 0,
+        "lora_alpha": type(alpha) in (int, float) and abs(alpha) <= FLOAT_MAX,
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+        "target_modules": type(names) is list and all(isinstance(name, str) for name in names),
+        "bias": settings["bias"] == "none",
+        "init_lora_weights": settings["init_lora_weights"] in KEEP_THE_BASE,
+    }
+    refused = [name for name, is_fine in known.items() if not is_fine]
+    refused += [name for name in settings if settings[name] and name not in [*known, *HARMLESS]]
+    if refused:
+        listed = ", ".join(f"{name} = {settings.get(name)!r}" for name in refused)
+        raise DataError(f"{file}: not a LoRA as PEFT writes it, or not supported here: {listed}")
+    return settings
+
+
+def read_adapter(model: nn.Module, folder: Path) -> tuple[dict, list[str], dict[str, torch.Tensor]]:
+    """The settings of an adapter that save_adapter or PEFT wrote for the model, the names of the
+    layers it is for, and NAME.lora_A.weight (r, in) and NAME.lora_B.weight (out, r) of each.
+
+    Raises DataError where settings are not implemented here, or tensors fit neither them nor the
+    model.
+    """
+    file = folder / "adapter_config.json"
+    settings = read_settings(file)
+    targets = settings["target_modules"]
+    names = []
+    shapes = {}
+    with reading(file, "the settings of a LoRA for this model"):
+        for name, module in model.named_modules():
+            matches = is_target(name, targets) or is_target(transformers_name(name), targets)
+            if isinstance(module, nn.Linear) and matches:
+                names.append(name)
+                shapes[f"{name}.lora_A.weight"] = (settings["r"], module.in_features)
+                shapes[f"{name}.lora_B.weight"] = (module.out_features, settings["r"])
+        if not names:
+            raise ValueError(f"no linear layer matches {targets!r}")
+    return settings, names, read_tensors([folder / "adapter_model.safetensors"], shapes)
+
+
 def load_adapter(model: nn.Module, folder):
     """Apply and fill the adapters that save_adapter or PEFT wrote; returns their target_modules.
 
-    Raises ValueError, and leaves the model as it was, where the tensors do not fit the model or
-    adapter_config.json, or PEFT's options ask for what is not implemented here.
+    Raises what read_adapter raises, and leaves the model as it was.
     """
-    folder = Path(folder)
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
-    refused = [option for option in UNSUPPORTED if config.get(option)]
-    if config.get("bias", "none") != "none":
-        refused.append("bias")
-    if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
-        refused.append("init_lora_weights")
-    if refused:
-        raise ValueError(f"{file}: {', '.join(refused)} not supported here")
-    needed = {"r", "lora_alpha", "target_modules"}
-    if config.get("peft_type") != "LORA" or not needed <= config.keys():
-        raise ValueError(f"{file}: not a LoRA as PEFT writes it")
-
-    r = config["r"]
-    targets = config["target_modules"]
-    names = []
-    shapes = {}
-    for name, module in model.named_modules():
-        matches = is_target(name, targets) or is_target(transformers_name(name), targets)
-        if isinstance(module, nn.Linear) and matches:
-            names.append(name)
-            shapes[f"{name}.lora_A.weight"] = (r, module.in_features)
-            shapes[f"{name}.lora_B.weight"] = (module.out_features, r)
-    tensors = read_tensors([folder / "adapter_model.safetensors"], shapes)
-    apply_lora(model, names, r, config["lora_alpha"], config.get("lora_dropout", 0.0))
+    settings, names, tensors = read_adapter(model, Path(folder))
+    apply_lora(model, names, settings["r"], settings["lora_alpha"], settings["lora_dropout"])
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(tensors[f"{name}.weight"])
-    return targets
+    return settings["target_modules"]

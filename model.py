@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+from data import read_json, reading
 from lora import lora_rounded, read_tensors
 
 # All attention here has a mask, and its shapes differ from batch to batch. cuDNN's kernels, which
@@ -57,6 +58,7 @@ class EncoderConfig:
     dropout: float = 0.1
     conv_kernel_size: int = 15
     conv_expansion_factor: int = 2
+    cat_hidden_layers: list = field(default_factory=list)  # also for the projector; 0: the input
 
 
 @dataclass
@@ -99,25 +101,41 @@ class SpeechConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "SpeechConfig":
-        """From a config.json; keys that do not shape the model are ignored.
+        """From a config.json; null is as good as nothing, and what shapes no model is ignored.
 
-        Raises ValueError on scaled rotary positions, KeyError or TypeError on a foreign file.
+        Raises ValueError on what is not implemented or makes no model, and whatever it comes to on
+        what is no config.json at all.
         """
-
-        def pick(kind, values):
-            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-
+        config = without_null(config)
         text = config["text_config"]
-        text = text | (text.get("rope_parameters") or {})  # newer files nest them
-        if text.get("rope_scaling") or text.get("rope_type", "default") != "default":
-            raise ValueError("scaled rotary positions are not implemented")
-        parts = {
-            "encoder_config": pick(EncoderConfig, config["encoder_config"]),
-            "projector_config": pick(ProjectorConfig, config["projector_config"]),
-            "text_config": pick(TextConfig, text),
-        }
+        text = without_null(text | (text.get("rope_parameters") or {}))  # newer files nest them
+        encoder = pick(EncoderConfig, config["encoder_config"])
+        projector = pick(ProjectorConfig, config["projector_config"])
+        parts = {"encoder_config": encoder, "projector_config": projector}
+        parts["text_config"] = decoder = pick(TextConfig, text)
         tied = {"tie_word_embeddings": text.get("tie_word_embeddings", True)}
-        return pick(cls, tied | config | parts)
+        whole = pick(cls, tied | config | parts)
+
+        frames = encoder.hidden_dim * (1 + len(encoder.cat_hidden_layers))
+        kept = set(encoder.cat_hidden_layers)
+        query_heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
+        wrong = {
+            "input_dim is not the 160 of our log-mels": encoder.input_dim != 160,
+            "context_size exceeds max_pos_emb": encoder.context_size > encoder.max_pos_emb,
+            "cat_hidden_layers are not its layers": not kept <= set(range(encoder.num_layers)),
+            "encoder_hidden_size is not what the encoder gives": projector.encoder_hidden_size
+            != frames,
+            "the projector's heads do not share hidden_size evenly": projector.hidden_size
+            % projector.num_attention_heads,
+            "downsample_rate exceeds window_size": whole.downsample_rate > whole.window_size,
+            "query heads do not share key-value heads evenly": query_heads % kv_heads,
+            "the width of a head is odd": head_dim(decoder) % 2,
+            "logits_scaling or rope_theta is 0": decoder.logits_scaling * decoder.rope_theta == 0,
+        }
+        for reason, is_so in wrong.items():
+            if is_so:
+                raise ValueError(reason)
+        return whole
 
     @classmethod
     def compact(cls, vocab_size: int, ctc_size: int, audio_token_index: int) -> "SpeechConfig":
@@ -151,6 +169,60 @@ class SpeechConfig:
             residual_multiplier=0.5,
         )
         return cls(encoder, projector, text, audio_token_index=audio_token_index)
+
+
+# Other fields that shape a model, and what they may say: nothing else is implemented.
+IMPLEMENTED = {
+    SpeechConfig: {"model_type": ("granite_speech", "granite_speech_plus")},
+    EncoderConfig: {"model_type": ("granite_speech_encoder", "granite_speech_plus_encoder")},
+    ProjectorConfig: {
+        "model_type": ("blip_2_qformer",),
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "use_qformer_text_input": (False,),
+    },
+    TextConfig: {
+        "model_type": ("granite",),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "partial_rotary_factor": (1,),
+        "rope_scaling": ({},),
+        "rope_type": ("default",),
+        "sliding_window": (),
+    },
+}
+
+
+def without_null(values: dict) -> dict:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def pick(kind, values: dict):
+    """A config of this kind from the values that are its fields; ValueError on one of another type,
+    or where IMPLEMENTED has no such model."""
+    values = without_null(values)
+    for name, implemented in IMPLEMENTED[kind].items():
+        if name in values and values[name] not in implemented:
+            raise ValueError(f"{kind.__name__}: {name} = {values[name]!r} is not implemented")
+    known = {}
+    for f in fields(kind):
+        if f.name in values:
+            known[f.name] = value = values[f.name]
+            if not is_of_type(value, f.type):
+                raise ValueError(f"{kind.__name__}: {f.name} = {value!r}")
+    return kind(**known)
+
+
+def is_of_type(value, kind) -> bool:
+    """Whole numbers count something, and not absurdly much; others are finite and not negative."""
+    if kind in (int, int | None):
+        return type(value) is int and 0 < value < 2**24
+    if kind is float:
+        return type(value) in (int, float) and 0 <= value <= torch.finfo(torch.float32).max
+    if kind is list:
+        return type(value) is list and all(type(item) is int for item in value)
+    return isinstance(value, kind)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,18 +340,23 @@ class CTCEncoder(nn.Module):
         self.layers = nn.ModuleList(ConformerBlock(c) for _ in range(c.num_layers))
         self.out = nn.Linear(c.hidden_dim, c.output_dim)
         self.out_mid = nn.Linear(c.output_dim, c.hidden_dim)
+        self.cat_hidden_layers = c.cat_hidden_layers
 
     def forward(self, mel, lengths):
         """mel (B, T, 160), lengths (B,) in frames -> frames (B, T, C) and, from half-way, CTC
         logits (B, T, classes)."""
         mask = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
         x = self.input_linear(mel)
+        kept = [x] if 0 in self.cat_hidden_layers else []
         middle_logits = None
         for i, layer in enumerate(self.layers, start=1):
             x = layer(x, mask)
             if i == len(self.layers) // 2:  # later layers are told the transcript so far
                 middle_logits = self.out(x)
                 x = x + self.out_mid(middle_logits.softmax(-1))
+            if i in self.cat_hidden_layers:
+                kept.append(x)
+        x = torch.cat((*kept, x), dim=-1)
         # Zeros past the end are what the projector's last window must see.
         return x * mask[..., None], middle_logits
 
@@ -921,12 +998,10 @@ class SpeechLM(nn.Module):
     @classmethod
     def without_weights(cls, file: Path) -> "SpeechLM":
         """The model of a config.json on the meta device, for load_state_dict(..., assign=True)."""
-        config = json.loads(file.read_text())
-        try:
+        config = read_json(file)
+        with reading(file, "the config.json of a model that this code knows"):
             with torch.device("meta"):
                 return cls(SpeechConfig.from_dict(config))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is of no model that this code knows: {error!r}") from None
 
 
 def pad_ragged(tensors: list[torch.Tensor], device):

@@ -508,6 +508,8 @@ def load(cfg: Config, device, dtype, adapter=""):
             raise ValueError(
                 f"{folder}: config.json's audio_token_index is not {data.AUDIO} of its tokenizer"
             )
+        if tokenizer.vocab_size > model.config.text_config.vocab_size:
+            raise ValueError(f"{folder}: its tokenizer has more tokens than its model")
         tokenizer.encode_prompt(data.AUDIO + "?")  # a chat template that fails must fail now
     except ValueError as error:
         raise UserError(str(error)) from None

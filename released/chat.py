@@ -4,10 +4,11 @@ import datetime
 import json
 from pathlib import Path
 
+import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from data import AUDIO, DataError
+from data import AUDIO, DataError, read_json, reading
 
 # Templates may tell the date. Here it is one for ever, so that a run means the same tomorrow: that
 # of Granite Speech 3.3's model card.
@@ -21,45 +22,52 @@ class ChatTokenizer:
     """
 
     def __init__(self, folder: Path, system_prompt: str = ""):
+        self.folder = folder
         settings = {}
-        if (folder / "tokenizer_config.json").exists():
-            settings = read_json(folder / "tokenizer_config.json")
-        read_json(folder / "tokenizer.json")  # it is there, and JSON
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.no_truncation()  # the file may hold both, from somebody's training
-        self.tokenizer.no_padding()
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second prevails
+            if (folder / name).exists():
+                values = read_json(folder / name)
+                settings |= {key: value for key, value in values.items() if value is not None}
+        self.file = folder / "tokenizer.json"
+        with reading(self.file, "a tokenizer of the library tokenizers"):
+            text = self.file.read_text(encoding="utf-8-sig")
+            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+            self.tokenizer.no_truncation()  # the file may hold both, from somebody's training
+            self.tokenizer.no_padding()
+            self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
         self.special = {}  # what templates may ask for, as transformers hands it to them
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = settings.get(name)
-            if token:
-                self.special[name] = token["content"] if isinstance(token, dict) else token
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                self.special[name] = token
         self.eos_id = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
         self.audio_id = self.tokenizer.token_to_id(AUDIO)
         if self.eos_id is None or self.audio_id is None:
             raise DataError(
-                f"{folder}: no eos_token in tokenizer_config.json, or no {AUDIO} in tokenizer.json"
+                f"{folder}: no eos_token in tokenizer_config.json or special_tokens_map.json that "
+                f"tokenizer.json knows, or no {AUDIO} in tokenizer.json"
             )
         self.system = []
         if system_prompt:
             self.system = [{"role": "system", "content": system_prompt}]
-        try:
-            self.template = compile_template(chat_template(folder, settings))
-        except jinja2.TemplateError as error:
-            raise DataError(f"{folder}: the chat template is damaged ({error})") from None
+        source = chat_template(folder, settings)
+        with reading(f"{folder}: the chat template", "jinja2"):
+            self.template = compile_template(source)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         messages = [*self.system, {"role": "user", "content": prompt}]
-        try:
+        with reading(f"{self.folder}: the chat template", "one for this conversation"):
             text = self.template.render(
                 messages=messages, add_generation_prompt=True, **self.special
             )
-        except jinja2.TemplateError as error:
-            raise DataError(f"the checkpoint's chat template fails: {error}") from None
         if self.system and self.system[0]["content"] not in text:
             raise DataError(
                 "the checkpoint's chat template has no place for a system prompt: go on without it"
             )
-        ids = self.tokenizer.encode(text).ids
+        with reading(self.file, "a tokenizer of this chat template's text"):
+            ids = self.tokenizer.encode(text).ids
         if ids.count(self.audio_id) != 1:
             raise DataError(
                 f"the chat template turns {prompt!r} into a prompt without one {AUDIO}: {text!r}"
@@ -74,17 +82,35 @@ class ChatTokenizer:
 
 
 def chat_template(folder: Path, settings: dict) -> str:
-    """The conversation's format, wherever a checkpoint keeps it."""
+    """The conversation's format, wherever a checkpoint keeps it; of several, the default one."""
     source = settings.get("chat_template")
     if (folder / "chat_template.json").exists():
-        source = read_json(folder / "chat_template.json")["chat_template"]
+        source = read_json(folder / "chat_template.json").get("chat_template")
     if (folder / "chat_template.jinja").exists():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not source:
+        with reading(folder / "chat_template.jinja", "text"):
+            source = (folder / "chat_template.jinja").read_text(encoding="utf-8-sig")
+    if isinstance(source, list):
+        with reading(f"{folder}: the list of chat templates", "names and templates"):
+            source = {entry["name"]: entry["template"] for entry in source}
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not isinstance(source, str) or not source.strip():
         raise DataError(
-            f"{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json"
+            f"{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json "
+            "or chat_template.json; of several, the one named default is wanted"
         )
     return source
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """{% generation %} marks an answer, for training on it; here it is what stands inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -101,15 +127,10 @@ def compile_template(source: str) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=False, **options)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationBlock],
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment.from_string(source)
-
-
-def read_json(file: Path):
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}): get it again") from None

@@ -1,10 +1,10 @@
 """The weights of a released checkpoint: numbered shards, and a LoRA of its own that belongs to it."""
 
-import json
 from pathlib import Path
 
 import torch.nn as nn
 
+from data import DataError, read_json, reading
 from lora import load_adapter, lora_layers, merge, read_tensors
 from model import SpeechLM
 
@@ -14,7 +14,7 @@ def load_model(folder, device="cpu", dtype=None) -> SpeechLM:
 
     A LoRA that lies in the folder is part of the checkpoint and is merged. Tensors go to the device
     one by one, in dtype (None: as stored), so that memory holds little more than the weights.
-    Raises ValueError where tensors are unknown, missing or of another shape than config.json says,
+    Raises DataError where tensors are unknown, missing or of another shape than config.json says,
     or the LoRA that config.json promises is not there.
     """
     folder = Path(folder)
@@ -26,21 +26,27 @@ def load_model(folder, device="cpu", dtype=None) -> SpeechLM:
         load_adapter(model, folder)
         fold(model)
         model.requires_grad_(True)
-    elif json.loads((folder / "config.json").read_text()).get("has_lora_adapter"):
-        raise ValueError(
+    elif read_json(folder / "config.json").get("has_lora_adapter"):
+        raise DataError(
             f"{folder}: adapter_config.json and adapter_model.safetensors are missing, which by "
             "config.json belong to it (has_lora_adapter: false if they are merged)"
         )
     return model
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that the index names: stale shards may lie beside them."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.exists():
         return [folder / "model.safetensors"]
-    names = json.loads(index.read_text())["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
+    with reading(index, "an index of safetensors files"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not names:
+            raise ValueError("it names none")
+        return [folder / name for name in names]
 
 
 def fold(model: nn.Module):

@@ -6,6 +6,8 @@ Made up here by transformers and PEFT, at random and small; what is loaded is he
 import json
 import os
 import re
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import train
-from data import AUDIO, DataError, UserError
+from data import AUDIO, DataError, UserError, read_json
 from model import SpeechConfig, SpeechLM
 from released import ChatTokenizer, load_model
-from released.checkpoint import fold
+from released.checkpoint import INDEX, fold
+from released.export import export
 from test_leaf import (
     PLAIN,
     SUFFIXES,
@@ -135,7 +138,7 @@ def test_model_files(seed, tmp_path):
         {"rope_parameters": {"rope_type": "yarn"}},
     ):
         edit_json(tmp_path / "config.json", text_config=config["text_config"] | rope)
-        refused("rotary")
+        refused("rope_")
     (tmp_path / "config.json").write_text(config_text)
     edit_json(tmp_path / "config.json", has_lora_adapter=True)
     refused("adapter_config.json and adapter_model.safetensors are missing")
@@ -169,6 +172,130 @@ def test_a_lora_in_the_folder_belongs_to_the_checkpoint(tmp_path):
     for said in (..., False, True):
         edit_json(tmp_path / "config.json", has_lora_adapter=said)
         roughly(logits_of(load_model(tmp_path).eval()), logits_of(model))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_no_checkpoint_gets_one_line(checkpoint, tmp_path):
+    """Each file of another kind: an error that names it, and what was expected."""
+    folder = shutil.copytree(checkpoint[0], tmp_path / "ck")
+
+    def refused(file, *words):
+        with pytest.raises(DataError) as error:
+            load_model(folder)
+        said = str(error.value)
+        assert all(word in said for word in (file, *words)), said
+        assert "problems" in said or "\n" not in said
+
+    def each(file, contents, *words):
+        whole = (folder / file).read_bytes()
+        for content in contents:
+            (folder / file).write_bytes(content)
+            refused(file, *words)
+        (folder / file).write_bytes(whole)
+        load_model(folder)
+
+    no_json = (b"", b"[1, 2]", b"null", b"{", b"\xff\xfe{\0}\0", b"[" * 10**5, b"1" * 5000)
+    for file in ("config.json", "adapter_config.json", INDEX):
+        each(file, no_json, "cannot be read as a JSON object")
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(b"\xef\xbb\xbf" + whole)  # a byte order mark is no harm
+        load_model(folder)
+        (folder / file).write_bytes(whole)
+    no_index = (b"{}", b'{"weight_map": {}}', b'{"weight_map": ["a"]}', b'{"weight_map": {"a": 1}}')
+    each(INDEX, no_index, "index of safetensors")
+    shard = next(iter(read_json(folder / INDEX)["weight_map"].values()))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode()
+    cut_short = len(header).to_bytes(8, "little") + header + b"1234"
+    for file in (shard, "adapter_model.safetensors"):
+        each(file, (b"", b"Entry not found", cut_short), "safetensors")
+        tensors = load_file(folder / file)
+        name = next(name for name in tensors if name.endswith("weight"))
+        for tensor, word in (
+            (tensors[name].to(torch.int8), "int8"),
+            (tensors[name].to(torch.float8_e4m3fn), "float8"),
+            (tensors[name] > 0, "bool"),
+            (tensors[name] / 0, "not finite"),
+        ):
+            save_file(tensors | {name: tensor}, folder / file)
+            refused(file, "1 problems", name, word)
+        save_file(tensors, folder / file)
+    (folder / shard).rename(folder / "elsewhere")
+    refused(shard, "No such file")
+
+
+@pytest.mark.parametrize(
+    "part, field, values",
+    [
+        ("", "model_type", ("granite_speech_nar", "whisper", 5, [])),
+        ("", "tie_word_embeddings", ("no", 2)),
+        ("", "downsample_rate", (0, -5, 5.0, "5", 16, 10**400, True)),
+        ("", "text_config", (..., None, [], "granite", 5)),
+        ("encoder_config", "model_type", ("granite_speech5_encoder",)),
+        ("encoder_config", "cat_hidden_layers", ([1], [4], [-1], ["1"], 1, {"1": 1})),
+        ("encoder_config", "num_heads", (0, -3, "3", 3.5, [3])),
+        ("encoder_config", "input_dim", (80,)),
+        ("encoder_config", "context_size", (1000,)),
+        ("encoder_config", "dropout", ("0", [0.1], 2.0)),
+        ("projector_config", "hidden_act", ("relu", "gelu_new")),
+        ("projector_config", "use_qformer_text_input", (True,)),
+        ("projector_config", "position_embedding_type", ("relative_key",)),
+        ("projector_config", "model_type", ("granite_speech_qformer",)),
+        ("projector_config", "num_attention_heads", (0, 5)),
+        ("projector_config", "encoder_hidden_size", (48,)),
+        ("text_config", "model_type", ("llama", "granitemoehybrid")),
+        ("text_config", "hidden_act", ("gelu", "relu")),
+        ("text_config", "attention_bias", (True,)),
+        ("text_config", "mlp_bias", (True,)),
+        ("text_config", "partial_rotary_factor", (0.5,)),
+        ("text_config", "rope_scaling", ({"type": "linear", "factor": 2.0},)),
+        ("text_config", "rope_parameters", ({"rope_type": "yarn"}, {"partial_rotary_factor": 0.5})),
+        ("text_config", "rope_parameters", (["default"], "default")),
+        ("text_config", "sliding_window", (4096,)),
+        ("text_config", "num_attention_heads", (0, "6", 6.0)),
+        ("text_config", "num_key_value_heads", (0, 4)),
+        ("text_config", "head_dim", (9, 0)),
+        ("text_config", "logits_scaling", (0, float("nan"), float("inf"), "8", -1, 10**400)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_is_not_ours_is_refused(part, field, values, checkpoint, tmp_path):
+    file = tmp_path / "config.json"
+    config = read_json(checkpoint[0] / "config.json")
+    file.write_text(json.dumps(config))
+    SpeechLM.without_weights(file)
+    for value in values:
+        file.write_text(json.dumps(config))
+        changed = {field: value}
+        if part:
+            changed = {part: {**config[part], field: value}}
+        edit_json(file, **changed)
+        with pytest.raises(DataError, match=re.escape(f"{file} cannot be read as the config.json")):
+            SpeechLM.without_weights(file)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_concatenated_layers_are_those_of_transformers(tmp_path):
+    """4.1-2b-plus: the input, the layer that is told the transcript and another one, besides the
+    last, go to the projector."""
+    config = odd_config(3)
+    config.encoder_config.cat_hidden_layers = [0, 2, 3]
+    config.projector_config.encoder_hidden_size = 4 * config.encoder_config.hidden_dim
+    _, theirs = make_checkpoint(tmp_path, config, "Plus")
+    ours = load_model(tmp_path).eval()
+    assert ours.config.encoder_config == config.encoder_config
+    mels = [randn(n, 160, seed=n) for n in (47, 7, 31)]
+    frames = ours.encode(mels)
+    sounds = ours.project(frames)
+    audio = ours.config.audio_token_index
+    prompts = ours.embed_prompts([[4, audio, 5, 6]] * len(mels), sounds)
+    for i, mel in enumerate(mels):
+        assert frames[i].shape == (len(mel), 4 * config.encoder_config.hidden_dim)
+        roughly(frames[i], theirs.model.encoder(mel[None]).last_hidden_state[0])
+        ids = torch.tensor([[4] + [audio] * len(sounds[i]) + [5, 6]])
+        logits = theirs(input_ids=ids, input_features=mel[None]).logits
+        x = prompts.x[i][None, prompts.valid[i]]
+        roughly(causal_logits(ours, x), logits / config.text_config.logits_scaling)
 
 
 def test_fold_leaves_plain_layers_rounded_once():
@@ -228,26 +355,34 @@ def make_tokenizer():
     )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random checkpoint in the layout of granite-speech-3.3, made by transformers and PEFT,
-    and their model."""
+def make_checkpoint(folder, config: SpeechConfig, kind=""):
+    """A random checkpoint in the layout of granite-4.0-1b-speech, made by transformers: its
+    processor and their model. kind: "Plus" for 4.1-2b-plus's."""
     hf = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("released")
     fast = make_tokenizer()
     features = hf.GraniteSpeechFeatureExtractor()
     processor = hf.GraniteSpeechProcessor(features, fast, chat_template=TEMPLATE)
     processor.save_pretrained(folder)
-    config = asdict(odd_config(3))
-    config |= {"has_lora_adapter": True, "window_size": 15, "downsample_rate": 5}
+    config = asdict(config)
+    config |= {"has_lora_adapter": False, "window_size": 15, "downsample_rate": 5}
     config["audio_token_index"] = fast.convert_tokens_to_ids(AUDIO)
     config["projector_config"] |= {"model_type": "blip_2_qformer", "vocab_size": 1}
     config["text_config"] |= {"model_type": "granite", "vocab_size": len(fast)}
     config["text_config"] |= {"pad_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
-    theirs = shake(hf.GraniteSpeechForConditionalGeneration(hf.GraniteSpeechConfig(**config)), 0.2)
+    config = getattr(hf, f"GraniteSpeech{kind}Config")(**config)
+    theirs = shake(getattr(hf, f"GraniteSpeech{kind}ForConditionalGeneration")(config), 0.2)
     theirs.save_pretrained(folder, max_shard_size="60KB")
+    return processor, theirs
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One in the layout of granite-speech-3.3, with a LoRA that PEFT made, and their model."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("released")
+    processor, theirs = make_checkpoint(folder, odd_config(3))
+    edit_json(folder / "config.json", has_lora_adapter=True)
     modality = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False
     )
@@ -442,6 +577,96 @@ def test_chat_templates_get_what_transformers_gives_them(checkpoint, tmp_path):
             file.write_text(without, encoding="utf-8")
         with pytest.raises(DataError, match="no eos_token"):
             ChatTokenizer(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tokenizers_and_templates_as_others_write_them(checkpoint, tmp_path):
+    """Named templates, marked answers, special tokens in any place and form, a byte order mark."""
+    folder, processor, _ = checkpoint
+    tokens = (folder / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + tokens)
+    marked = (
+        "{% set x = 'a' %}{% for m in messages %}\n  {% generation %}\n    {%- set x = 'b' %}"
+        "{{ m.content }}{{ x }}\n  {% endgeneration %}\n{% endfor %}{{ x }}{{ eos_token }}"
+    )
+    chat = [{"role": "user", "content": AUDIO + "?"}]
+    want = processor.tokenizer.apply_chat_template(chat, chat_template=marked, tokenize=False)
+    named = [{"name": "rag", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": marked}]
+    end = "<|end_of_text|>"
+
+    def write(file, **values):
+        (tmp_path / file).write_text("\ufeff" + json.dumps(values), encoding="utf-8")
+
+    def text():
+        tokenizer = ChatTokenizer(tmp_path)
+        assert tokenizer.eos_id == processor.tokenizer.eos_token_id
+        ids = tokenizer.encode_prompt(AUDIO + "?")
+        return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+
+    for eos_token in (end, {"content": end, "special": True}):
+        write("tokenizer_config.json", eos_token=eos_token, chat_template=named)
+        assert text() == want
+        write("tokenizer_config.json", eos_token=None, chat_template=named)
+        write("special_tokens_map.json", eos_token=eos_token)
+        assert text() == want
+    write("tokenizer_config.json", chat_template={"default": marked, "tool_use": "x"})
+    assert text() == want
+    write("chat_template.json", chat_template=named)
+    write("tokenizer_config.json")
+    assert text() == want
+
+    def refused(words):
+        with pytest.raises(DataError) as error:
+            ChatTokenizer(tmp_path).encode_prompt(AUDIO + "?")
+        assert all(word in str(error.value) for word in (str(tmp_path), words)), error.value
+        assert "\n" not in str(error.value)
+
+    for template in (named[:1], [marked], [{"name": "default"}], {"rag": marked}, 5, "", None):
+        write("chat_template.json", chat_template=template)
+        refused("chat template")
+    for template in (
+        "{{ 1 / 0 }}",
+        "{{ 'x' * 10**13 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ messages[0].x.y }}",
+        "{{ [].pop() }}",
+        "{{ none + 1 }}",
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{{ strftime_now(5) }}",
+        "{{ raise_exception(5) }}",
+        "{% include 'x' %}",
+        "{{ messages | nofilter }}",
+        "{% generation %}",
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        refused("chat template")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    refused("chat_template.jinja cannot be read as text")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + marked.encode())
+    assert text() == want
+    for eos_token in (5, ["a"], {"a": end}, {"content": None}, "<|nowhere|>"):
+        write("special_tokens_map.json", eos_token=eos_token)
+        refused("no eos_token")
+    write("special_tokens_map.json", eos_token=end)
+    pieces = {"a": 0, AUDIO: 1, end: 2}
+    for content in (
+        b"",
+        b"[]",
+        b'{"model": 5}',
+        tokens[:-9],
+        json.dumps(
+            {**json.loads(tokens), "model": {"type": "WordLevel", "vocab": pieces}}
+        ).encode(),
+        json.dumps({**json.loads(tokens), "normalizer": {"type": "Precompiled"}}).encode(),
+    ):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        refused("tokenizer.json cannot be read as a tokenizer")
+    (tmp_path / "tokenizer.json").write_bytes(tokens)
+    for file in ("special_tokens_map.json", "tokenizer_config.json", "chat_template.json"):
+        for content in (b"", b"[]", b"5", b"{"):
+            (tmp_path / file).write_bytes(content)
+            refused(f"{file} cannot be read as a JSON object")
+        write(file, eos_token=end, chat_template=marked)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

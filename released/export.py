@@ -1,0 +1,146 @@
+"""A trained run as one whole checkpoint, for transformers, vLLM and llama.cpp.
+
+    python -m released.export RUN OUT
+
+RUN is a finished run that began with --init. OUT gets that checkpoint's files, in which its own
+LoRA, if it has one, and the run's are part of the weights: added in float32, rounded once. Only one
+file of weights is in memory at a time.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import train
+from data import DataError, UserError, read_json, reading
+from lora import is_finite, our_name, read_adapter
+from model import SpeechLM
+from released.checkpoint import INDEX, weight_files
+
+# What else belongs to a checkpoint: settings, tokenizer, preprocessor, chat template.
+KEPT = (".json", ".jinja", ".model", ".txt")
+NOT_KEPT = ("adapter_config.json", "config.json", INDEX)  # no longer so, or written anew
+
+
+def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
+    """Write the checkpoint; max_shard_size in bytes. Raises UserError, and leaves nothing under the
+    name `out`, where something does not fit."""
+    cfg = train.finished(run, {})
+    checkpoint = cfg.base_folder
+    if (checkpoint / "tokenizer.model").exists():
+        raise UserError(
+            f"{run} did not begin with --init: its base, {checkpoint}, has another layout and is "
+            "whole as it is"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already, and not empty: choose another folder")
+    adapters = [Path(cfg.resume_adapter)]
+    if (checkpoint / "adapter_config.json").exists():
+        adapters.append(checkpoint)
+    updates = lora_updates(checkpoint, adapters)
+    shards = plan_shards(weight_files(checkpoint), max_shard_size)
+    in_shards = {our_name(key) for shard in shards for key in shard}
+    for name in updates:
+        if name not in in_shards:
+            raise DataError(f"{checkpoint}: its files hold no {name}, which LoRA is for")
+
+    work = out.with_name(out.name + "-exporting")  # renamed when it is complete
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {"metadata": {}, "weight_map": {}}
+        for name, shard in zip(names, shards):
+            index["weight_map"] |= dict.fromkeys(shard, name)
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name, shard in zip(names, shards):
+        tensors = {key: merged(file, key, updates) for key, file in shard.items()}
+        save_file(tensors, work / name, metadata={"format": "pt"})
+        del tensors
+    config = read_json(checkpoint / "config.json") | {"has_lora_adapter": False}
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in checkpoint.iterdir():
+        if file.suffix in KEPT and file.name not in NOT_KEPT:
+            shutil.copyfile(file, work / file.name)
+    for file in work.iterdir():
+        train.sync(file)
+    if out.exists():
+        out.rmdir()  # it is empty
+    os.rename(work, out)
+
+
+def lora_updates(checkpoint: Path, adapters: list[Path]) -> dict[str, list[tuple]]:
+    """By the name of a weight (out, in), what is to be added to it: (scale, B (out, r), A (r, in)),
+    from adapters in all these folders."""
+    model = SpeechLM.without_weights(checkpoint / "config.json")
+    updates = {}
+    for folder in adapters:
+        settings, layers, tensors = read_adapter(model, folder)
+        scale = settings["lora_alpha"] / settings["r"]
+        for layer in layers:
+            A, B = (tensors[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+            updates.setdefault(f"{layer}.weight", []).append((scale, B, A))
+    return updates
+
+
+def plan_shards(files: list[Path], max_size: int) -> list[dict[str, Path]]:
+    """The tensors of all files in their order, in shards of up to max_size bytes: by each tensor's
+    name the file that it comes from."""
+    shards = [{}]
+    size = 0
+    for file in files:
+        with reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                n_bytes = tensors.get_tensor(key).nbytes  # mapped: nothing is read
+                if size + n_bytes > max_size and shards[-1]:
+                    shards.append({})
+                    size = 0
+                shards[-1][key] = file
+                size += n_bytes
+    return shards
+
+
+@torch.no_grad()
+def merged(file: Path, key: str, updates: dict[str, list[tuple]]) -> torch.Tensor:
+    """A tensor of a file with its updates, in the dtype that it is stored in."""
+    # The file is opened for each tensor, so that none stays mapped when it is done.
+    with reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
+        stored = tensors.get_tensor(key)
+        if our_name(key) not in updates:
+            return stored.clone()
+        total = stored.to(torch.float32, copy=True)
+        for scale, B, A in updates[our_name(key)]:
+            total.addmm_(B, A, alpha=scale)
+        weight = total.to(stored.dtype)
+        if not is_finite(weight):
+            raise ValueError(f"{key} with LoRA is not finite as {stored.dtype}")
+        return weight
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        "python -m released.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run that began with --init")
+    parser.add_argument("out", type=Path, help="folder to be made")
+    args = parser.parse_args(argv)
+    export(args.run, args.out)
+    print(f"{args.out} is a whole checkpoint")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
