@@ -2591,7 +2591,7 @@ def run_as_script(*flags):
         ("--top-p 0", "top_p"),
         ("--prompts 4 --update-prompts 3", "update_prompts"),
         ("--responses 0", "responses"),
-        ("--seed 99999999999999999999", "seed"),
+        ("--base-seed 99999999999999999999", "base_seed"),
         ("--data nowhere", "train.jsonl"),
     ],
 )
