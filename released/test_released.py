@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from data import AUDIO, DataError, UserError, read_json
 from model import SpeechConfig, SpeechLM
 from released import ChatTokenizer, load_model
 from released.checkpoint import INDEX, fold
-from released.export import export
 from test_leaf import (
     PLAIN,
     SUFFIXES,
