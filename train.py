@@ -381,7 +381,7 @@ class Updater:
 def make_base(cfg: Config, train: data.Split, folder: Path, device):
     """Train the base unless it is there; waits where another run is training the same one."""
     settings = {name: getattr(cfg, name) for name in Config.BASE}
-    settings["rows"] = data.fingerprint(train.rows)
+    settings["rows"] = data.fingerprint(train.rows, cfg.data)
     if not folder.exists():
         work = folder.with_name(folder.name + "-training")  # renamed when it is complete
         with lock(work, wait=True):
@@ -482,7 +482,8 @@ def load_rows(cfg: Config, splits=("train", "validation", "test")) -> dict[str, 
     sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
     if not cfg.data:
         return synthetic.rows(cfg.task, sizes, cfg.base_seed)
-    corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows, splits)
+    checked = cfg.run_folder.parent / "checked.json"  # beside the base: serves every run there
+    corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows, splits, checked)
     return {name: rows if name == "train" else rows[: sizes[name]] for name, rows in corpus.items()}
 
 
@@ -1112,8 +1113,9 @@ def parse(argv) -> tuple[Config, bool]:
 def check_flags(parser: argparse.ArgumentParser, cfg: Config):
     for f in fields(Config):
         value = getattr(cfg, f.name)
-        if type(f.default) is int and value < f.metadata["least"]:
-            parser.error(f"{f.name} must be at least {f.metadata['least']}, not {value}")
+        if type(f.default) is int and not f.metadata["least"] <= value < 2**63:
+            least = f.metadata["least"]
+            parser.error(f"{f.name} must be at least {least} and below 2**63, not {value}")
         if type(f.default) is float and not 0 <= value < math.inf:
             parser.error(f"{f.name} must be a number from 0 up, not {value}")
     if cfg.grad_clip == 0:
@@ -1157,8 +1159,12 @@ def main(argv=None):
         if rank() > 0:  # only the first process writes and speaks
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
+        if rank() > 0:
+            dist.barrier()  # the first process has checked the corpus, for all
         corpus = load_rows(cfg)  # checked whole before anything is written
         if rank() == 0:
+            if world() > 1:
+                dist.barrier()
             stack.enter_context(lock(cfg.run_folder, wait=False))
         run(cfg, corpus, device, dtype, began)
     if world() > 1:
@@ -1171,7 +1177,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     base_folder = cfg.base_folder
     settings = {name: value for name, value in asdict(cfg).items() if name not in Config.FREE}
     settings["base"] = os.path.relpath(base_folder, folder)
-    settings["rows"] = data.fingerprint(sum(corpus.values(), []))
+    settings["rows"] = data.fingerprint(sum(corpus.values(), []), cfg.data)
     if rank() == 0:
         check_same(folder, settings, "config.json")
     title = f"test split, {len(corpus['test'])} rows"
@@ -1188,7 +1194,8 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in wanted.items()}
     chosen_by_hand = cfg.base and base_folder.exists()  # taken as it is
     if chosen_by_hand:
-        if read_json(base_folder / "base.json").get("rows") != data.fingerprint(corpus["train"]):
+        rows = data.fingerprint(corpus["train"], cfg.data)
+        if read_json(base_folder / "base.json").get("rows") != rows:
             print(
                 f"note: {base_folder} was trained on other rows, perhaps on some of this test split"
             )
@@ -1287,7 +1294,8 @@ if __name__ == "__main__":
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+    # A log file shows each line as it comes, and what a terminal cannot show is escaped.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # `| head` has seen enough

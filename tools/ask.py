@@ -71,6 +71,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is escaped
     try:
         main()
     except (data.UserError, OSError, SafetensorError) as error:
