@@ -32,11 +32,12 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
     """Write the checkpoint; max_shard_size in bytes. Raises UserError, and leaves nothing under the
     name `out`, where something does not fit."""
     cfg = train.finished(run, {})
+    out = out.resolve()
     checkpoint = cfg.base_folder
     if (checkpoint / "tokenizer.model").exists():
         raise UserError(
-            f"{run} did not begin with --init: its base, {checkpoint}, has another layout and is "
-            "whole as it is"
+            f"{run} did not begin with --init: its base, {checkpoint}, is no released checkpoint, "
+            "and nothing but this code reads it"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already, and not empty: choose another folder")
