@@ -567,9 +567,9 @@ def test_chat_templates_get_what_transformers_gives_them(checkpoint, tmp_path):
         assert ids == processor.tokenizer(text).input_ids
     tokenizer = ChatTokenizer(tmp_path)
     assert tokenizer.pieces([tokenizer.eos_id, tokenizer.audio_id]) == ["<|end_of_text|>", AUDIO]
-    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + AUDIO)
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%B %d, %Y') }}" + AUDIO)
     tokenizer = ChatTokenizer(tmp_path)
-    assert tokenizer.tokenizer.decode(tokenizer.encode_prompt("")) == "09 April 2025"
+    assert tokenizer.tokenizer.decode(tokenizer.encode_prompt("")) == "April 09, 2025"
     twice = "{{ messages[0].content }}{{ messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text(twice)
     with pytest.raises(DataError, match="without one"):
@@ -592,7 +592,8 @@ def test_tokenizers_and_templates_as_others_write_them(checkpoint, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + tokens)
     marked = (
         "{% set x = 'a' %}{% for m in messages %}\n  {% generation %}\n    {%- set x = 'b' %}"
-        "{{ m.content }}{{ x }}\n  {% endgeneration %}\n{% endfor %}{{ x }}{{ eos_token }}"
+        "{{ m.content }}{{ x }}\n  {% endgeneration %}\n{% endfor %}"
+        "{% generation %}{% set x = 'c' %}{% endgeneration %}{{ x }}{{ eos_token }}"
     )
     chat = [{"role": "user", "content": AUDIO + "?"}]
     want = processor.tokenizer.apply_chat_template(chat, chat_template=marked, tokenize=False)
