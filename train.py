@@ -1083,6 +1083,7 @@ run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, r
 base        {base_folder}
 ask it      {command}
 its tree    ... --samples 8 --reference {quote(example["reference"])}
+see it all  python -m tools.report {quote(str(folder))}
 took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.1f} GB""")
 
 
