@@ -73,6 +73,7 @@ def read_lines(path: Path) -> list[dict]:
 def overview(cfg: train.Config, folder: Path) -> dict:
     """What was run, the table that train.py prints, and the curves, as far as there are any."""
     settings = train.read_json(folder / "config.json")
+    del settings["base"]  # where it lies, and not the flag
     base = train.read_json(folder / "base.json")
     lines = read_lines(folder / "policy.jsonl")
     results = {}

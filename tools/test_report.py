@@ -13,10 +13,11 @@ import torch
 import data
 import leaf
 import train
+from released.test_released import checkpoint
 from test_leaf import ROOT, base_of, first_run, read_json_lines, seeded, tiny, write_corpus
 from tools import report
 
-__all__ = ["first_run", "seeded"]  # fixtures
+__all__ = ["checkpoint", "first_run", "seeded"]  # fixtures
 CHROMIUM = shutil.which("chromium")
 
 
@@ -213,6 +214,8 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
     (run / "results.json").unlink()
     shutil.rmtree(run / "adapter")
     page = make(tmp_path / "b.html", run)
+    flags = [shown["runs"][0]["facts"]["flags other than default"] for shown in (page, finished)]
+    assert flags[0].startswith("--train-rows 24 ") and "--base " not in flags[0]
     for one, other in zip(page["examples"], finished["examples"]):
         assert [model["name"] for model in one["models"]] == ["base", "step 4"]
         shown = [[model["shown"] for model in example["models"]] for example in (one, other)]
@@ -229,6 +232,23 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
         assert done.returncode == 2 and file in done.stderr and done.stderr.count("\n") == 1
         (tmp_path / file).rename(run / file)
     shutil.rmtree(run)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_run_from_a_checkpoint_without_validation(checkpoint, tmp_path):
+    """It shows the same before results.json is there and after, but for the corpus to be named."""
+    corpus = write_corpus(tmp_path / "tones")
+    run = tmp_path / "run"
+    train.main(
+        tiny("--eval-every 0 --lora-targets up_proj", init=checkpoint[0], data=corpus, out=run)
+    )
+    finished = make(tmp_path / "a.html", run)
+    assert finished["runs"][0]["curves"]["validation_bleu"]["points"] == []
+    (run / "results.json").unlink()
+    unfinished = make(tmp_path / "b.html", run, "--data", corpus)
+    for one, other in zip(finished["examples"], unfinished["examples"], strict=True):
+        shown = [[model["shown"] for model in example["models"]] for example in (one, other)]
+        assert len(shown[0]) == 2 and shown[0] == shown[1]
 
 
 @pytest.mark.parametrize(
