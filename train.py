@@ -1263,6 +1263,7 @@ best step   {best.get("step", "not validated")}  ({BEST}/; to test it: --eval-on
 base        {base_folder}
 ask it      {command}
 its tree    ... --samples 8 --reference {quote(example["reference"])}
+see it all  python -m tools.report {quote(str(folder))}
 took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.1f} GB""")
 
 
