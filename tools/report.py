@@ -146,7 +146,7 @@ def load(cfg: train.Config, folder: Path):
     if (folder / "results.json").exists():
         return model, tokenizer, "trained"
     # train.load_checkpoint would clean up, and the run may be saving at this moment.
-    checkpoints = sorted((folder / "checkpoints" / "policy").glob("step-*"))
+    checkpoints = train.saved_steps(folder / "checkpoints" / "policy")
     if not checkpoints:
         return model, tokenizer, ""
     tensors = load_file(checkpoints[-1] / "tensors.safetensors")
@@ -308,7 +308,7 @@ def report(runs: list[Path], count: int, chosen: list[int], given: dict) -> dict
         size = sum(p.numel() for p in model.parameters()) - own
         run["facts"]["model"] = f"{size:,} parameters, frozen, and {own:,} of LoRA, trained"
         described.append({"name": name, "rows": len(rows), **run})
-        corpus = data.fingerprint(rows)
+        corpus = data.fingerprint(rows, cfg.data)
         for p, i in enumerate(numbers):
             if (corpus, i) not in examples:
                 examples[corpus, i] = {
