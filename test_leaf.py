@@ -1854,8 +1854,8 @@ def recording(kind, change=bytes, samples=None, rate=16000, **options):
 
 def without_header(mp3):
     """As ffmpeg writes to a pipe: no Info frame, so that libsndfile has to guess the length."""
-    second = mp3.index(mp3[:3], 200)  # frames begin alike
-    assert b"Info" in mp3[:second]
+    second = mp3.index(mp3[:2], 4)  # frames begin alike
+    assert b"Info" in mp3[:second] or b"Xing" in mp3[:second]
     return mp3[second:]
 
 
@@ -1875,8 +1875,12 @@ def part(share):
 
 
 MP3 = {"kind": "MP3", "rate": 32000, "bitrate_mode": "CONSTANT", "compression_level": 0.5}
+QUIET_FIRST = np.concatenate([np.zeros(16000), noisy_tone(1.5, 32000)])
 USABLE = {
     "mp3 without header": recording(**MP3, change=without_header),
+    "mp3 of varying bitrate without header": recording(  # its length is guessed twice too long
+        **MP3 | {"bitrate_mode": "VARIABLE"}, change=without_header, samples=QUIET_FIRST
+    ),
     "gsm": recording("WAV", rate=8000, subtype="GSM610"),
     "g721": recording("AU", subtype="G721_32"),
     "opus": recording("OGG", subtype="OPUS"),
@@ -2597,6 +2601,7 @@ def run_as_script(*flags):
         ("--top-p 0", "top_p"),
         ("--prompts 4 --update-prompts 3", "update_prompts"),
         ("--responses 0", "responses"),
+        ("--seed 99999999999999999999", "seed"),
         ("--data nowhere", "train.jsonl"),
     ],
 )
