@@ -41,7 +41,7 @@ from tqdm import tqdm
 import data
 import leaf
 from corpora import synthetic
-from data import DataError, UserError
+from data import DataError, UserError, read_json
 from lora import (
     DECODER_TARGETS,
     apply_lora,
@@ -797,15 +797,6 @@ def write_json(path: Path, value):
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); restore it, or remove its folder and start again"
-        ) from None
 
 
 def sync(path: Path):
