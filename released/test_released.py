@@ -829,6 +829,10 @@ def test_a_run_on_a_checkpoint_is_found_from_elsewhere(checkpoint, tmp_path, mon
     results = train.read_json(tmp_path / "run" / "results.json")
     again = train.read_json(tmp_path / "run" / "evaluation-tones.json")
     assert all(again[name] == value for name, value in results["trained"].items())
+    export(tmp_path / "run", Path("whole"))  # and what it learned is all in its export
+    train.main(tiny("--eval-only --init whole --out it", data=corpus))
+    exported = train.read_json(Path("it") / "evaluation-tones.json")
+    assert exported["BLEU greedy"] == pytest.approx(results["trained"]["BLEU greedy"])
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
