@@ -641,7 +641,7 @@ def fingerprint(rows: list[dict], folder) -> str:
     return digest.hexdigest()[:16]
 
 
-def ends(file: str, size: int = 2**16) -> tuple[int, str]:
+def ends(file: str, size: int = 2**13) -> tuple[int, str]:
     """A file's length in bytes, and a digest of its first and last `size`."""
     with open(file, "rb") as content:
         digest = hashlib.sha256(content.read(size))

@@ -116,25 +116,23 @@ class SpeechConfig:
         tied = {"tie_word_embeddings": text.get("tie_word_embeddings", True)}
         whole = pick(cls, tied | config | parts)
 
-        frames = encoder.hidden_dim * (1 + len(encoder.cat_hidden_layers))
-        kept = set(encoder.cat_hidden_layers)
-        query_heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
-        wrong = {
-            "input_dim is not the 160 of our log-mels": encoder.input_dim != 160,
-            "context_size exceeds max_pos_emb": encoder.context_size > encoder.max_pos_emb,
-            "cat_hidden_layers are not its layers": not kept <= set(range(encoder.num_layers)),
-            "encoder_hidden_size is not what the encoder gives": projector.encoder_hidden_size
-            != frames,
-            "the projector's heads do not share hidden_size evenly": projector.hidden_size
-            % projector.num_attention_heads,
-            "downsample_rate exceeds window_size": whole.downsample_rate > whole.window_size,
-            "query heads do not share key-value heads evenly": query_heads % kv_heads,
-            "the width of a head is odd": head_dim(decoder) % 2,
-            "logits_scaling or rope_theta is 0": decoder.logits_scaling * decoder.rope_theta == 0,
+        kept = encoder.cat_hidden_layers
+        frames = encoder.hidden_dim * (1 + len(kept))
+        misfits = {
+            "input_dim": encoder.input_dim != 160,  # that of our log-mels
+            "max_pos_emb": encoder.max_pos_emb < encoder.context_size,
+            "cat_hidden_layers": not set(kept) <= set(range(encoder.num_layers)),
+            "encoder_hidden_size": projector.encoder_hidden_size != frames,
+            "hidden_size": projector.hidden_size % projector.num_attention_heads,
+            "downsample_rate": whole.downsample_rate > whole.window_size,
+            "num_key_value_heads": decoder.num_attention_heads % decoder.num_key_value_heads,
+            "head_dim": head_dim(decoder) % 2,
+            "rope_theta": decoder.rope_theta == 0,
+            "logits_scaling": decoder.logits_scaling == 0,
         }
-        for reason, is_so in wrong.items():
-            if is_so:
-                raise ValueError(reason)
+        wrong = [name for name, is_misfit in misfits.items() if is_misfit]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: at odds with the other fields")
         return whole
 
     @classmethod
@@ -344,7 +342,7 @@ class CTCEncoder(nn.Module):
 
     def forward(self, mel, lengths):
         """mel (B, T, 160), lengths (B,) in frames -> frames (B, T, C) and, from half-way, CTC
-        logits (B, T, classes)."""
+        logits (B, T, classes). C: cat_hidden_layers, if there are any, and the last layer."""
         mask = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
         x = self.input_linear(mel)
         kept = [x] if 0 in self.cat_hidden_layers else []

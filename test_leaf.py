@@ -10,6 +10,7 @@ sacrebleu, or the same computation done the slow way. A few minutes on two CPU c
 import contextlib
 import errno
 import gzip
+import io
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
+import sentencepiece
 import soundfile
 import torch
 import torch.nn as nn
@@ -2148,6 +2150,14 @@ def test_tokenizer_and_alphabet(tmp_path):
     random_ids = np.random.default_rng(0).integers(size, size=(200, 12)).tolist()
     for ids in random_ids:  # whatever a model says can be shown
         assert isinstance(tokenizer.decode(ids), str) and len(tokenizer.pieces(ids)) == 12
+    other_kind = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c"] * 9), model_writer=other_kind, vocab_size=7, minloglevel=2
+    )
+    for content in (other_kind.getvalue(), b"", b"Entry not found"):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(DataError, match=r"tokenizer.model cannot be read as a SentencePiece"):
+            data.Tokenizer(tmp_path / "tokenizer.model")
     alphabet = data.Alphabet.of([{"transcript": "cab a"}, {}, {"transcript": "bad"}])
     assert len(alphabet) == 6
     assert sorted(alphabet.encode("abcd ")) == [1, 2, 3, 4, 5]  # 0 is CTC's blank
@@ -3398,6 +3408,7 @@ def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
     train.save_checkpoint(tmp_path, 1, here, updater.adam)
     saved = load_file(tmp_path / "step-000001" / "tensors.safetensors")  # true tensors
     monkeypatch.setattr(train, "load_file", lambda file: saved)
+    monkeypatch.setattr(train, "refuse_unless_finite", lambda tensors, what: None)  # no contents
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = {"a": torch.empty(5, 3, device="cuda", requires_grad=True)}
         updater = train.Updater(there.values(), grad_clip=1.0)

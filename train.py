@@ -42,10 +42,11 @@ from tqdm import tqdm
 import data
 import leaf
 from corpora import synthetic
-from data import DataError, UserError
+from data import DataError, UserError, read_json, reading
 from lora import (
     DECODER_TARGETS,
     apply_lora,
+    is_finite,
     load_adapter,
     lora_disabled,
     lora_layers,
@@ -798,7 +799,7 @@ def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
     for path in reversed(saved_steps(folder)):
         try:
             saved_rule, tensors = read_checkpoint(path, named)
-        except (DataError, SafetensorError) as error:
+        except DataError as error:
             print(f"note: a checkpoint is damaged and left out: {error}")
             shutil.rmtree(path, ignore_errors=True)  # its step will be saved again
             continue
@@ -819,12 +820,11 @@ def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
 
 
 def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
-    """The credit rule and the tensors; DataError or SafetensorError where it is not whole."""
+    """The credit rule and the tensors; DataError where it is not whole."""
     state = read_json(path / "state.json")
     file = path / "tensors.safetensors"
-    if not file.is_file():
-        raise DataError(f"{file} is missing")
-    tensors = load_file(file)
+    with reading(file, "safetensors"):
+        tensors = load_file(file)
     missing = {f"value.{name}" for name in named} - tensors.keys()
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
@@ -833,14 +833,14 @@ def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
     if missing:
         raise DataError(f"{file} lacks {min(missing)}, or has it in another shape")
     refuse_unless_finite(tensors, f"{file} is not used")
-    if not isinstance(state, dict) or "credit" not in state:
+    if "credit" not in state:
         raise DataError(f"{path / 'state.json'} names no credit rule")
     return state["credit"], tensors
 
 
 def refuse_unless_finite(tensors: dict[str, torch.Tensor], what: str):
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise DataError(f"{what}: {name} has values that are not finite")
 
 
@@ -909,15 +909,6 @@ def writing(path: Path):
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path} cannot be written ({reason}); when it can, the same command goes on"
-        ) from None
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); restore it, or remove its folder and start again"
         ) from None
 
 
@@ -1272,6 +1263,7 @@ best step   {best.get("step", "not validated")}  ({BEST}/; to test it: --eval-on
 base        {base_folder}
 ask it      {command}
 its tree    ... --samples 8 --reference {quote(example["reference"])}
+see it all  python -m tools.report {quote(str(folder))}
 took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.1f} GB""")
 
 

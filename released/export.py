@@ -3,8 +3,8 @@
     python -m released.export RUN OUT
 
 RUN is a finished run that began with --init. OUT gets that checkpoint's files, in which its own
-LoRA, if it has one, and the run's are part of the weights: added in float32, rounded once. Only one
-file of weights is in memory at a time.
+LoRA, if it has one, and the run's are part of the weights: added in float32, rounded once. No more
+than one layer is in memory at a time.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import train
 from data import DataError, UserError, read_json, reading
@@ -33,11 +32,12 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
     """Write the checkpoint; max_shard_size in bytes. Raises UserError, and leaves nothing under the
     name `out`, where something does not fit."""
     cfg = train.finished(run, {})
+    out = out.resolve()
     checkpoint = cfg.base_folder
     if (checkpoint / "tokenizer.model").exists():
         raise UserError(
-            f"{run} did not begin with --init: its base, {checkpoint}, has another layout and is "
-            "whole as it is"
+            f"{run} did not begin with --init: its base, {checkpoint}, is no released checkpoint, "
+            "and nothing but this code reads it"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already, and not empty: choose another folder")
@@ -62,9 +62,7 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
             index["weight_map"] |= dict.fromkeys(shard, name)
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for name, shard in zip(names, shards):
-        tensors = {key: merged(file, key, updates) for key, file in shard.items()}
-        save_file(tensors, work / name, metadata={"format": "pt"})
-        del tensors
+        write_shard(work / name, shard, updates)
     config = read_json(checkpoint / "config.json") | {"has_lora_adapter": False}
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in checkpoint.iterdir():
@@ -91,31 +89,48 @@ def lora_updates(checkpoint: Path, adapters: list[Path]) -> dict[str, list[tuple
     return updates
 
 
-def plan_shards(files: list[Path], max_size: int) -> list[dict[str, Path]]:
+def plan_shards(files: list[Path], max_size: int) -> list[dict[str, tuple]]:
     """The tensors of all files in their order, in shards of up to max_size bytes: by each tensor's
-    name the file that it comes from."""
+    name the file that it comes from, and its entry in the header of the shard."""
     shards = [{}]
-    size = 0
+    end = 0
     for file in files:
         with reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():
                 n_bytes = tensors.get_tensor(key).nbytes  # mapped: nothing is read
-                if size + n_bytes > max_size and shards[-1]:
+                if end + n_bytes > max_size and shards[-1]:
                     shards.append({})
-                    size = 0
-                shards[-1][key] = file
-                size += n_bytes
+                    end = 0
+                stored = tensors.get_slice(key)
+                entry = {"dtype": stored.get_dtype(), "shape": stored.get_shape()}
+                entry["data_offsets"] = [end, end + n_bytes]
+                shards[-1][key] = (file, entry)
+                end += n_bytes
     return shards
 
 
-@torch.no_grad()
+def write_shard(path: Path, shard: dict[str, tuple], updates: dict[str, list[tuple]]):
+    """A file of safetensors: the length of a header in JSON, the header, the tensors' bytes.
+
+    Tensor by tensor; the library's own save_file would want all of them in memory.
+    """
+    header = {"__metadata__": {"format": "pt"}}
+    header |= {key: entry for key, (_, entry) in shard.items()}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    with open(path, "wb") as written:
+        written.write(len(encoded).to_bytes(8, "little") + encoded)
+        for key, (file, _) in shard.items():
+            written.write(merged(file, key, updates).view(-1).view(torch.uint8).numpy())
+
+
 def merged(file: Path, key: str, updates: dict[str, list[tuple]]) -> torch.Tensor:
-    """A tensor of a file with its updates, in the dtype that it is stored in."""
+    """A tensor of a file with its updates, rounded to the dtype that it is stored in."""
     # The file is opened for each tensor, so that none stays mapped when it is done.
     with reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
         stored = tensors.get_tensor(key)
         if our_name(key) not in updates:
-            return stored.clone()
+            return stored
         total = stored.to(torch.float32, copy=True)
         for scale, B, A in updates[our_name(key)]:
             total.addmm_(B, A, alpha=scale)
