@@ -385,3 +385,19 @@ def test_a_browser_shows_it(name, width, browser, pages):
     assert curve.locator(".readout").inner_text().startswith("step 1:")
     assert said == []
     view.close()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_wide_tree_scrolls_in_a_box_of_its_own(width, browser, pages):
+    content = content_of(pages / "both.html")
+    shown = content["examples"][0]["models"][1]["shown"]
+    inner = next(block for block in next(paths(shown["tree"])) if block["tokens"])
+    for _ in range(30):
+        inner = inner | {"leaf": False, "children": [inner]}
+    shown["tree"]["children"].append(inner)
+    (pages / "wide.html").write_text(report.page(content), encoding="utf-8")
+    view = browser.new_page(viewport={"width": width, "height": 900})
+    view.goto((pages / "wide.html").as_uri())
+    assert view.locator(".tree").first.evaluate("tree => tree.scrollWidth > tree.clientWidth")
+    assert view.evaluate("document.documentElement.scrollWidth") == width
+    view.close()
