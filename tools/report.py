@@ -36,7 +36,7 @@ CURVES = {  # of policy.jsonl: a title, and what to look for
     "reward": ("Reward", "of the sampled answers, 0 to 1; should rise"),
     "validation_bleu": ("Validation BLEU", "greedy answers to rows not trained on; should rise"),
     "kl": ("KL to the base", "should grow slowly and stay below about 1"),
-    "grad_norm": ("Gradient norm", "before clipping; spikes or a steady climb are trouble"),
+    "grad_norm": ("Gradient norm", "before --grad-clip (1 by default); trouble where it soars"),
     "response_length": ("Response length", "tokens; a collapse or an explosion is trouble"),
     "equal_rewards": ("Prompts with equal rewards", "a share; these teach nothing"),
     "usable_fork_fire": ("Usable forks", "share of cuts at which a group has different rewards"),
@@ -82,15 +82,19 @@ def overview(cfg: train.Config, folder: Path) -> dict:
         settings |= results["config"]
     steps = len(lines)
     seconds = results.get("seconds", sum(line["seconds"] for line in lines))
+    flags = " ".join(changed_flags(settings))
     facts = {
         "task": cfg.name,
         "method": cfg.algo.upper(),
         "steps": f"{steps}" if results else f"{steps} of {cfg.steps}",
         "each step": f"{cfg.prompts} prompts × {cfg.responses} responses (K), of at most "
         f"{cfg.max_new_tokens} tokens, temperature {cfg.temperature:g}, top-p {cfg.top_p:g}",
-        "flags other than default": " ".join(changed_flags(settings)) or "none",
+        "flags": f"{flags}, others default" if flags else "all default",
         "device": results.get("device", "not noted before the end"),
         "time": f"{seconds / 60:.1f} min" + ("" if results else " in the steps so far"),
+        "peak memory": f"{results['peak_memory_gb']:.1f} GB"
+        if results
+        else "not noted before the end",
     }
     trained = results.get("trained", {})
     table = []
@@ -100,7 +104,7 @@ def overview(cfg: train.Config, folder: Path) -> dict:
             row += [f"{trained[score]:.2f}", f"{trained[score] - value:+.2f}"]
         table.append(row)
     curves = {name: curve(lines, name) for name in CURVES}
-    return {"name": folder.resolve().name, "facts": facts, "table": table, "curves": curves}
+    return {"facts": facts, "table": table, "curves": curves}
 
 
 def changed_flags(settings: dict) -> list[str]:
@@ -240,9 +244,9 @@ def sampled(cfg: train.Config, tokenizer, row: dict, tokens, lengths, logq, logp
 def every_credit(cfg: train.Config, tokens, lengths, surprisal, rewards, boundaries) -> dict:
     """For each rule the credit of every token before and after normalising, both (K, T)."""
     credits = {}
+    group = (tokens, lengths, surprisal, rewards)
     for rule, terms in TERMS.items():
         how = {"terms": terms, "multiplicity": cfg.multiplicity, "boundaries": boundaries}
-        group = (tokens, lengths, surprisal, rewards)
         before = leaf.leaf_advantages(*group, **how, normalize=False)
         credits[rule] = (before, leaf.leaf_advantages(*group, **how))
     centred = torch.tensor(rewards) - fmean(rewards)
@@ -320,10 +324,10 @@ def report(runs: list[Path], count: int, chosen: list[int], given: dict) -> dict
                 }
             models = examples[corpus, i]["models"]
             for state, answered in states.items():
-                # Runs that begin with one base share what it answers.
-                if all(answered[p] != model["shown"] for model in models):
-                    label = state if len(runs) == 1 or not models else f"{name}, {state}"
-                    models.append({"name": label, "shown": answered[p]})
+                if state == "base" and answered[p] in [model["shown"] for model in models]:
+                    continue  # runs that begin with one base share what it answers
+                label = state if len(runs) == 1 or not models else f"{name}, {state}"
+                models.append({"name": label, "shown": answered[p]})
     rule = "the rows asked for" if chosen else f"the first {count} rows of the test split, in order"
     return {
         "runs": described,

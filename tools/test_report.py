@@ -167,7 +167,7 @@ def test_a_page_tells_the_truth_about_its_run(first_run, tmp_path, capsys):
     for name in ("reward", "kl", "grad_norm", "validation_bleu"):
         points = [[r["step"], pytest.approx(r[name], abs=1e-5)] for r in logged if name in r]
         assert run["curves"][name] == {"size": 1, "points": points}
-    assert run["facts"]["flags other than default"].startswith("--train-rows 24 ")
+    assert run["facts"]["flags"].startswith("--train-rows 24 ")
 
     cfg = train.finished(first_run, {"device": "cpu"})
     rows = train.load_rows(cfg, ("test",))["test"]
@@ -187,6 +187,18 @@ def test_a_page_tells_the_truth_about_its_run(first_run, tmp_path, capsys):
             assert " ".join(words).split() == answered["greedy"].split()
             reward = data.reward(answered["greedy"], rows[number])
             assert model["shown"]["greedy_reward"] == pytest.approx(reward, abs=1e-5)
+
+
+def test_runs_that_answer_alike_are_all_shown(first_run, tmp_path):
+    """A copy of a run, in a folder of the same name: one base, and both of the trained."""
+    copy = tmp_path / first_run.name
+    shutil.copytree(first_run, copy)
+    shutil.copytree(base_of(first_run), base_of(copy))
+    page = make(tmp_path / "page.html", first_run, copy)
+    names = [str(first_run), str(copy)]
+    assert [run["name"] for run in page["runs"]] == names
+    for example in page["examples"]:
+        assert [m["name"] for m in example["models"]] == ["base", *(f"{n}, trained" for n in names)]
 
 
 def test_curves_are_means_of_at_most_a_hundred_points():
@@ -214,7 +226,7 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
     (run / "results.json").unlink()
     shutil.rmtree(run / "adapter")
     page = make(tmp_path / "b.html", run)
-    flags = [shown["runs"][0]["facts"]["flags other than default"] for shown in (page, finished)]
+    flags = [shown["runs"][0]["facts"]["flags"] for shown in (page, finished)]
     assert flags[0].startswith("--train-rows 24 ") and "--base " not in flags[0]
     for one, other in zip(page["examples"], finished["examples"]):
         assert [model["name"] for model in one["models"]] == ["base", "step 4"]
@@ -298,7 +310,7 @@ def pages(first_run, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
@@ -311,7 +323,7 @@ def browser():
 
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("name", ["both", "own"])
-def test_a_browser_shows_it(name, width, pages, browser):
+def test_a_browser_shows_it(name, width, browser, pages):
     content = content_of(pages / f"{name}.html")
     view = browser.new_page(viewport={"width": width, "height": 900})
     said = []
@@ -372,4 +384,20 @@ def test_a_browser_shows_it(name, width, pages, browser):
     curve.locator("> svg").press("ArrowRight")
     assert curve.locator(".readout").inner_text().startswith("step 1:")
     assert said == []
+    view.close()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_wide_tree_scrolls_in_a_box_of_its_own(width, browser, pages):
+    content = content_of(pages / "both.html")
+    shown = content["examples"][0]["models"][1]["shown"]
+    inner = next(block for block in next(paths(shown["tree"])) if block["tokens"])
+    for _ in range(30):
+        inner = inner | {"leaf": False, "children": [inner]}
+    shown["tree"]["children"].append(inner)
+    (pages / "wide.html").write_text(report.page(content), encoding="utf-8")
+    view = browser.new_page(viewport={"width": width, "height": 900})
+    view.goto((pages / "wide.html").as_uri())
+    assert view.locator(".tree").first.evaluate("tree => tree.scrollWidth > tree.clientWidth")
+    assert view.evaluate("document.documentElement.scrollWidth") == width
     view.close()
