@@ -2290,8 +2290,16 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 
 # 3 updates in CTC, then 4 in next-token training, then 8 of the policy.
-@pytest.mark.parametrize("update", [2, 6, 11])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "update, number",
+    [
+        (2, signal.SIGTERM),
+        (6, signal.SIGINT),
+        (11, signal.SIGTERM),
+        (11, signal.SIGINT),
+        (11, signal.SIGHUP),
+    ],
+)
 def test_a_stopped_run_resumes_exactly(update, number, first_run, tmp_path):
     with pytest.raises(SystemExit) as stop, stopping_at(update, number) as calls:
         train.main(tiny(out=tmp_path / "run"))
@@ -2353,7 +2361,7 @@ def test_kill_9_at_any_moment_loses_nothing(where, count, first_run, tmp_path):
     assert not [name for name in left if name.startswith("saving-") or name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("count", [1, 9, 20, 33])
+@pytest.mark.parametrize("count", [1, 20])
 def test_a_full_disk_is_named_and_the_same_command_goes_on(
     count, first_run, tmp_path, monkeypatch, capsys
 ):
