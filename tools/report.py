@@ -53,6 +53,8 @@ COLUMNS = 300  # of a waveform
 
 def configuration(folder: Path, given: dict) -> train.Config:
     """That of a run, finished or not, and what was given."""
+    if not (folder / "policy.jsonl").exists():
+        raise data.UserError(f"{folder} holds no run that trains yet: policy.jsonl is missing")
     if (folder / "results.json").exists():
         return train.finished(folder, given)
     saved = train.read_json(folder / "config.json")
@@ -65,9 +67,7 @@ def read_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
-        raise data.DataError(
-            f"{path} cannot be read ({error}): is this a run that began?"
-        ) from None
+        raise data.DataError(f"{path} cannot be read ({error}): restore it") from None
 
 
 def overview(cfg: train.Config, folder: Path) -> dict:

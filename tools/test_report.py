@@ -201,6 +201,12 @@ def test_runs_that_answer_alike_are_all_shown(first_run, tmp_path):
         assert [m["name"] for m in example["models"]] == ["base", *(f"{n}, trained" for n in names)]
 
 
+def test_a_folder_that_is_no_run(first_run, tmp_path):
+    for folder in (tmp_path / "nowhere", base_of(first_run)):
+        with pytest.raises(data.UserError, match="holds no run"):
+            make(tmp_path / "page.html", folder)
+
+
 def test_curves_are_means_of_at_most_a_hundred_points():
     lines = [{"step": n, "x": float(n)} for n in range(1, 251)]
     lines[3]["x"] = float("nan")
