@@ -2414,7 +2414,7 @@ def test_closed_streams_are_no_error(first_run, tmp_path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, first_run, tmp_path, capsys):
     """And what has another name there is not ours."""
     run = tmp_path / "run"
-    command = tiny(base=base_of(first_run), out=run)
+    command = tiny("--save-every 1", base=base_of(first_run), out=run)
     with pytest.raises(SystemExit), stopping_at(5):
         train.main(command)
     checkpoints = run / "checkpoints" / "policy"
