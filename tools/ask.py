@@ -17,9 +17,11 @@ import leaf
 import train
 
 
-def ask(run: Path, audio: str, question: str, samples: int, reference: str, device: str):
+def ask(
+    run: Path, audio: str, question: str, samples: int, reference: str, device: str, adapter: str
+):
     """Print the answer of a finished run, and with samples the prefix tree of so many responses."""
-    cfg = train.finished(run, {"device": device})
+    cfg = train.finished(run, {"device": device}, adapter)
     torch_device, dtype = train.pick(cfg)
     row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
     split = data.Split("asked", [row], cfg.cache_gb)
@@ -59,6 +61,9 @@ def main(argv=None):
     parser.add_argument(
         "--reference", default="", help="the right answer: shows rewards and credit"
     )
+    parser.add_argument(
+        "--best", action="store_true", help="ask the best validation's adapter, not the last one"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
     if data.AUDIO in args.question or not args.question.strip():
@@ -67,7 +72,8 @@ def main(argv=None):
         parser.error("--samples must be 2 or more, which a tree needs, or 0")
     if args.reference and not args.samples:
         parser.error("--reference goes with --samples")
-    ask(args.run, args.audio, args.question, args.samples, args.reference, args.device)
+    adapter = train.BEST if args.best else "adapter"
+    ask(args.run, args.audio, args.question, args.samples, args.reference, args.device, adapter)
 
 
 if __name__ == "__main__":

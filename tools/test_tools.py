@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import lora
@@ -57,6 +59,15 @@ def test_the_answer_is_the_trained_models(first_run, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out == rows[0]["greedy"] + "\n"
     layers = lora.lora_layers(seen[0])
     assert layers and all(layer.lora_B.any() for layer in layers.values())
+    run = first_run.parent / "asked for its best"  # whose weights are made to be other ones
+    shutil.copytree(first_run, run)
+    file = run / "adapter-best" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    ask.main([str(run), str(first_run / "example.wav"), question, "--device", "cpu", "--best"])
+    best = load_file(file)
+    for name, parameter in lora.lora_parameters(seen[1]).items():
+        key = f"base_model.model.{lora.transformers_name(name)}.weight"
+        assert torch.equal(parameter, best[key])
     corpus = write_corpus(tmp_path / "tones")
     ask.main([str(first_run), str(corpus / "test0.wav"), "Which tone?", "--device", "cpu"])
 
