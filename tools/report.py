@@ -34,12 +34,18 @@ from lora import lora_disabled, lora_parameters
 
 CURVES = {  # of policy.jsonl: a title, and what to look for
     "reward": ("Reward", "of the sampled answers, 0 to 1; should rise"),
-    "validation_bleu": ("Validation BLEU", "greedy answers to rows not trained on; should rise"),
-    "kl": ("KL to the base", "should grow slowly and stay below about 1"),
+    "validation_bleu": (
+        "Validation BLEU",
+        "greedy answers to rows not trained on, from the first validation on; should rise",
+    ),
+    "kl": ("KL to the base", "how far the model has gone; should stay below about 1"),
     "grad_norm": ("Gradient norm", "before --grad-clip (1 by default); trouble where it soars"),
     "response_length": ("Response length", "tokens; a collapse or an explosion is trouble"),
     "equal_rewards": ("Prompts with equal rewards", "a share; these teach nothing"),
-    "usable_fork_fire": ("Usable forks", "share of cuts at which a group has different rewards"),
+    "usable_fork_fire": (
+        "Usable forks",
+        "share of LEAF's cuts (GRPO: those it would make) with different rewards in a node",
+    ),
     "noise_ratio": ("Noise ratio", "below 1: a tree's baseline lowers the gradient's noise"),
 }
 POINTS = 100  # of a curve, at most
@@ -82,14 +88,14 @@ def overview(cfg: train.Config, folder: Path) -> dict:
         settings |= results["config"]
     steps = len(lines)
     seconds = results.get("seconds", sum(line["seconds"] for line in lines))
-    flags = " ".join(changed_flags(settings))
     facts = {
         "task": cfg.name,
         "method": cfg.algo.upper(),
         "steps": f"{steps}" if results else f"{steps} of {cfg.steps}",
         "each step": f"{cfg.prompts} prompts × {cfg.responses} responses (K), of at most "
         f"{cfg.max_new_tokens} tokens, temperature {cfg.temperature:g}, top-p {cfg.top_p:g}",
-        "flags": f"{flags}, others default" if flags else "all default",
+        "updates": f"{cfg.prompts // cfg.update_prompts} a step, learning rate up to {cfg.lr:g}",
+        "command": " ".join(["python train.py", *changed_flags(settings)]),
         "device": results.get("device", "not noted before the end"),
         "time": f"{seconds / 60:.1f} min" + ("" if results else " in the steps so far"),
         "peak memory": f"{results['peak_memory_gb']:.1f} GB"
@@ -101,7 +107,8 @@ def overview(cfg: train.Config, folder: Path) -> dict:
     for score, value in base.items():
         row = [score, f"{value:.2f}"]
         if trained:
-            row += [f"{trained[score]:.2f}", f"{trained[score] - value:+.2f}"]
+            difference = f"{trained[score] - value:+.2f}".replace("-", "\N{MINUS SIGN}")
+            row += [f"{trained[score]:.2f}", difference]
         table.append(row)
     curves = {name: curve(lines, name) for name in CURVES}
     return {"facts": facts, "table": table, "curves": curves}
@@ -319,6 +326,7 @@ def report(runs: list[Path], count: int, chosen: list[int], given: dict) -> dict
                     "title": f"{cfg.name}, test row {i}",
                     "question": rows[i]["prompt"].replace(data.AUDIO, ""),
                     "reference": rows[i]["reference"],
+                    "transcript": rows[i].get("transcript", ""),
                     "recording": recording(rows[i]),
                     "models": [],
                 }

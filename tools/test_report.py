@@ -167,7 +167,7 @@ def test_a_page_tells_the_truth_about_its_run(first_run, tmp_path, capsys):
     for name in ("reward", "kl", "grad_norm", "validation_bleu"):
         points = [[r["step"], pytest.approx(r[name], abs=1e-5)] for r in logged if name in r]
         assert run["curves"][name] == {"size": 1, "points": points}
-    assert run["facts"]["flags"].startswith("--train-rows 24 ")
+    assert run["facts"]["command"].startswith("python train.py --train-rows 24 ")
 
     cfg = train.finished(first_run, {"device": "cpu"})
     rows = train.load_rows(cfg, ("test",))["test"]
@@ -232,7 +232,7 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
     (run / "results.json").unlink()
     shutil.rmtree(run / "adapter")
     page = make(tmp_path / "b.html", run)
-    flags = [shown["runs"][0]["facts"]["flags"] for shown in (page, finished)]
+    flags = [shown["runs"][0]["facts"]["command"] for shown in (page, finished)]
     assert flags[0].startswith("--train-rows 24 ") and "--base " not in flags[0]
     for one, other in zip(page["examples"], finished["examples"]):
         assert [model["name"] for model in one["models"]] == ["base", "step 4"]
