@@ -44,32 +44,38 @@ def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]
 # Leave-one-out credit, our variant of steps 4 and 5
 
 
-def leave_one_out_credits(lengths, rewards, nodes: list[leaf.Node]) -> list[leaf.Span]:
+def leave_one_out_credits(
+    lengths, rewards, nodes: list[leaf.Node], node_weight: float = 1.0
+) -> list[leaf.Span]:
     """r_i minus a value, of the prefix so far, that r_i has no part in.
 
-    V_i(v0) is the mean reward of the other responses. At a node v it is V(v) with the value before
-    it, V_i(u), in the place of r_i. So for given boundaries the gradient is unbiased: a baseline
+    The value is node_weight times that of the last node and the rest times the root's, as
+    leaf.leave_one_out_values has them. So for given boundaries the gradient is unbiased: a baseline
     may depend on the prefix and on the other responses, and on nothing else. Spans as
     leaf.span_credits has them; at least two responses.
     """
     rewards = [float(r) for r in rewards]
     spans = []
     for i, length in enumerate(int(n) for n in lengths):
+        path = leaf.path_of(i, nodes)
+        values = leaf.leave_one_out_values(i, rewards, path)
         start = 0
-        value = (sum(rewards) - rewards[i]) / (len(rewards) - 1)
-        for node in leaf.path_of(i, nodes):
-            end = min(node.boundary, length)
+        for boundary, value in zip([*(node.boundary for node in path), length], values):
+            end = min(boundary, length)
             if start < end:
-                spans.append(leaf.Span(i, start, end, rewards[i] - value))
+                baseline = node_weight * value + (1 - node_weight) * values[0]
+                spans.append(leaf.Span(i, start, end, rewards[i] - baseline))
             start = end
-            value = node.value + (value - rewards[i]) / len(node.members)
-        if start < length:
-            spans.append(leaf.Span(i, start, length, rewards[i] - value))
     return spans
 
 
 def leave_one_out(
-    tokens, lengths, rewards, boundaries: list[int], normalize: bool = True
+    tokens,
+    lengths,
+    rewards,
+    boundaries: list[int],
+    normalize: bool = True,
+    node_weight: float = 1.0,
 ) -> torch.Tensor:
     """The variant's advantages (K, T), arguments as in leaf.leaf_advantages.
 
@@ -80,11 +86,47 @@ def leave_one_out(
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
         return torch.zeros(tokens.shape, device=tokens.device)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    spans = leave_one_out_credits(lengths, rewards, nodes)
+    spans = leave_one_out_credits(lengths, rewards, nodes, node_weight)
     if normalize:
         scale = max(stdev(rewards), 1 / 3) + 1e-6
         spans = [span._replace(credit=span.credit / scale) for span in spans]
     return leaf.token_credits(spans, tokens)
+
+
+def token_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> tuple[float, float]:
+    """leaf.tail_noise for all tokens: the squared length of the gradient that leave-one-out credit
+    gives, with the tree and without.
+
+    Over the distinct tokens of the prefix tree, the sum of (1 - q)^2 times the square of what the
+    responses through a token give to it, A_i / length_i: copies of a token behind one prefix are one
+    gradient vector, and others are taken to be at right angles.
+    """
+    rewards = [float(r) for r in rewards]
+    if max(rewards) == min(rewards):
+        return 0.0, 0.0
+    lengths = [int(n) for n in lengths]
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    tokens = torch.as_tensor(tokens).tolist()
+    reach = torch.expm1(-torch.as_tensor(surprisal)).square().tolist()  # (1 - q)^2
+    mean = sum(rewards) / len(rewards)
+    place = {}  # of a distinct token, by the place of the token before it
+    gradients = []  # of each: (1 - q)^2, and its credit added up, with the tree and without
+    for i, start, end, credit in leave_one_out_credits(lengths, rewards, nodes):
+        if start == 0:
+            before = -1
+        credit /= lengths[i]
+        of_root = (rewards[i] - mean) * len(rewards) / (len(rewards) - 1) / lengths[i]
+        for t in range(start, end):
+            key = (before, tokens[i][t])
+            before = place.get(key)
+            if before is None:
+                before = place[key] = len(gradients)
+                gradients.append([reach[i][t], credit, of_root])
+            else:
+                gradients[before][1] += credit
+                gradients[before][2] += of_root
+    with_tree = sum(weight * credit**2 for weight, credit, _ in gradients)
+    return with_tree, sum(weight * credit**2 for weight, _, credit in gradients)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,6 +137,18 @@ def credit_leave_one_out(cfg: train.Config, tokens, lengths, surprisal, rewards)
     """Our variant, at LEAF's boundaries."""
     boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget)
     return leave_one_out(tokens, lengths, rewards, boundaries), boundaries
+
+
+def credit_half_way(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """Half-way between leave-one-out values of node and root, at LEAF's boundaries."""
+    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget)
+    return leave_one_out(tokens, lengths, rewards, boundaries, node_weight=0.5), boundaries
+
+
+def credit_scaled(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """LEAF with a gradient as long as that of GRPO with the floor, so that the KL weighs as much."""
+    advantages, boundaries = train.credit(cfg, tokens, lengths, surprisal, rewards)
+    return advantages / LENGTH, boundaries
 
 
 def credit_random_boundaries(cfg: train.Config, tokens, lengths, surprisal, rewards):
@@ -134,24 +188,32 @@ class Method:
 BASELINE = "GRPO, floor 1/3"
 PLAIN = "GRPO, plain std"
 OURS = "leave-one-out"
+HALF_WAY = "half-way leave-one-out"
+NO_ROOT = "no multiplicity"
+LENGTH = 2.46  # of LEAF's gradient over that of GRPO with the floor, as experiments.credit has it
 MAIN = {
     "LEAF": Method({}),
     BASELINE: Method({"algo": "grpo"}),
     PLAIN: Method({"algo": "grpo", "std_floor": 0.0}),
 }
 VARIANT = {OURS: Method({}, credit_leave_one_out)}
+HALF = {HALF_WAY: Method({}, credit_half_way)}
 ABLATIONS = {
     "mean baseline": Method({"algo": "grpo", "std_floor": 1.0}),
     "GA only": Method({"terms": "global"}),
     "LA only": Method({"terms": "local"}),
-    "no multiplicity": Method({"multiplicity": False}),
+    NO_ROOT: Method({"multiplicity": False}),
     "random boundaries": Method({}, credit_random_boundaries),
     "even boundaries": Method({}, credit_even_boundaries),
     "B=1": Method({"fork_budget": 1}),
     "B=4": Method({"fork_budget": 4}),
     "B=8": Method({"fork_budget": 8}),
 }
-METHODS = MAIN | VARIANT | ABLATIONS
+SCALED = {
+    f"{BASELINE}, KL 0.008": Method({"algo": "grpo", "kl_coef": 0.008}),  # 0.02 / LENGTH
+    "LEAF, scaled": Method({}, credit_scaled),
+}
+METHODS = MAIN | VARIANT | HALF | ABLATIONS
 
 
 def with_responses(method: Method, K: int, sampled: int = 64) -> Method:
