@@ -268,7 +268,7 @@ def train_policy(
             seconds = time.perf_counter() - began
             metrics = dict(zip(names, np.mean(statistics, axis=0).tolist()))
             metrics |= leaf.group_stats(rewards, forks)
-            metrics |= dict(zip(NOISE, np.sum(noise, axis=0).tolist()))
+            metrics |= dict(zip(NOISE, np.mean(noise, axis=0).tolist()))
             first_gap = statistics[0][names.index("ratio_gap")]
             metrics |= {
                 "grad_norm": float(np.mean(grad_norms)),
@@ -722,7 +722,7 @@ class Log:
             average([values])
             *means, stopping = values.tolist()
             metrics = dict(zip(metrics, means))
-        if NOISE[0] in metrics:  # of the processes' sums: a mean of ratios would be another number
+        if NOISE[0] in metrics:  # after the mean: the mean of ratios is another number
             metrics["noise_ratio"] = leaf.noise_ratio(*(metrics[name] for name in NOISE))
         metrics = metrics | (validation or {})
         done = step + 1

@@ -94,12 +94,12 @@ def leave_one_out(
 
 
 def token_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> tuple[float, float]:
-    """leaf.tail_noise for all tokens: the squared length of the gradient that leave-one-out credit
-    gives, with the tree and without.
+    """leaf.tail_noise for all tokens: squared lengths of the gradient by the logits that
+    leave-one-out credit gives, with the tree and without.
 
-    Over the distinct tokens of the prefix tree, the sum of (1 - q)^2 times the square of what the
-    responses through a token give to it, A_i / length_i: copies of a token behind one prefix are one
-    gradient vector, and others are taken to be at right angles.
+    Behind each prefix, the gradient by the logit of a token x is c_x - q_x C: c_x is what the
+    responses through x have of credit / length, C its sum over all tokens seen there, q_x the
+    probability. Logits of tokens that nobody drew are left out.
     """
     rewards = [float(r) for r in rewards]
     if max(rewards) == min(rewards):
@@ -107,26 +107,35 @@ def token_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> t
     lengths = [int(n) for n in lengths]
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
     tokens = torch.as_tensor(tokens).tolist()
-    reach = torch.expm1(-torch.as_tensor(surprisal)).square().tolist()  # (1 - q)^2
+    q = torch.exp(-torch.as_tensor(surprisal)).tolist()
     mean = sum(rewards) / len(rewards)
-    place = {}  # of a distinct token, by the place of the token before it
-    gradients = []  # of each: (1 - q)^2, and its credit added up, with the tree and without
+    place = {}  # of a distinct token, by the place of the token before it; 0: before the first
+    of_token = [(0, 0.0)]  # by place: the place before, and q_x
+    with_tree = [0.0]  # by place: c_x
+    without = [0.0]
     for i, start, end, credit in leave_one_out_credits(lengths, rewards, nodes):
         if start == 0:
-            before = -1
+            x = 0
         credit /= lengths[i]
         of_root = (rewards[i] - mean) * len(rewards) / (len(rewards) - 1) / lengths[i]
         for t in range(start, end):
-            key = (before, tokens[i][t])
-            before = place.get(key)
-            if before is None:
-                before = place[key] = len(gradients)
-                gradients.append([reach[i][t], credit, of_root])
-            else:
-                gradients[before][1] += credit
-                gradients[before][2] += of_root
-    with_tree = sum(weight * credit**2 for weight, credit, _ in gradients)
-    return with_tree, sum(weight * credit**2 for weight, _, credit in gradients)
+            key = (x, tokens[i][t])
+            x = place.get(key)
+            if x is None:
+                x = place[key] = len(of_token)
+                of_token.append((key[0], q[i][t]))
+                with_tree.append(0.0)
+                without.append(0.0)
+            with_tree[x] += credit
+            without[x] += of_root
+
+    def squared_length(credits):
+        total = [0.0] * len(credits)  # C, by the place of the token before
+        for (before, _), c in zip(of_token, credits):
+            total[before] += c
+        return sum((c - q_x * total[before]) ** 2 for (before, q_x), c in zip(of_token, credits))
+
+    return squared_length(with_tree), squared_length(without)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +206,6 @@ MAIN = {
     PLAIN: Method({"algo": "grpo", "std_floor": 0.0}),
 }
 VARIANT = {OURS: Method({}, credit_leave_one_out)}
-HALF = {HALF_WAY: Method({}, credit_half_way)}
 ABLATIONS = {
     "mean baseline": Method({"algo": "grpo", "std_floor": 1.0}),
     "GA only": Method({"terms": "global"}),
@@ -213,7 +221,7 @@ SCALED = {
     f"{BASELINE}, KL 0.008": Method({"algo": "grpo", "kl_coef": 0.008}),  # 0.02 / LENGTH
     "LEAF, scaled": Method({}, credit_scaled),
 }
-METHODS = MAIN | VARIANT | HALF | ABLATIONS
+METHODS = MAIN | VARIANT | {HALF_WAY: Method({}, credit_half_way)} | ABLATIONS
 
 
 def with_responses(method: Method, K: int, sampled: int = 64) -> Method:
