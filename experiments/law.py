@@ -227,6 +227,37 @@ def relative(values, others) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
+# The identity: what shared tokens get from GA without 1 / sqrt n is what they get from GRPO
+
+
+def departure(
+    length_spread: float, ratio_spread: float, groups: int = 4000, seed: int = 0
+) -> float:
+    """How far apart the two are on the tokens before the first node: the rms of the difference over
+    GRPO's rms. Spreads are standard deviations of the logarithms of the responses' lengths, by which
+    the loss divides, and of a token's ratio, which its copies share and the loss clips at 1 +- 0.2.
+    """
+    rng = np.random.default_rng(seed)
+    model = Model()
+    totals = []
+    for _ in range(groups):
+        tokens, rewards, _ = draw(model, rng)
+        lengths = np.exp(length_spread * rng.standard_normal(model.K))
+        centred = np.array(rewards) - fmean(rewards)
+        for option in range(model.options):
+            through = tokens[:, 0] == option
+            ratio = math.exp(ratio_spread * rng.standard_normal())
+            each = centred[through]
+            total = []
+            for credit in (np.full(len(each), each.sum() / max(1, len(each))), each):
+                kept = ratio * credit <= np.clip(ratio, 0.8, 1.2) * credit  # else: no gradient
+                total.append((ratio * credit * kept / lengths[through]).sum())
+            totals.append(total)
+    ours, grpos = np.array(totals).T
+    return float(np.sqrt(np.mean((ours - grpos) ** 2) / np.mean(grpos**2)))
+
+
+# --------------------------------------------------------------------------------------------------
 # All models, the figure
 
 
@@ -346,8 +377,15 @@ def main():
         models = tqdm(grid(), desc="models", disable=None)
         machine = {"processor": processor(), "threads": 1, "numpy": np.__version__}
         results = [rounded(measure(model)) for model in models]
-        train.write_json(file, {"machine": machine, "models": results})
-    results = train.read_json(file)["models"]
+        identity = {
+            "lengths": {spread: departure(spread, 0) for spread in (0, 0.1, 0.2, 0.4)},
+            "ratio": {spread: departure(0, spread) for spread in (0.05, 0.1, 0.2)},
+        }
+        found = {"machine": machine, "identity": rounded(identity), "models": results}
+        train.write_json(file, found)
+    found = train.read_json(file)
+    results = found["models"]
+    print("departure from the identity, by spread:", found["identity"])
     show(results)
     plot(results)
 

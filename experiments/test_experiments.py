@@ -16,7 +16,7 @@ import data
 import leaf
 import train
 from data import UserError
-from experiments import compare, credit, gpu, large, methods
+from experiments import compare, credit, gpu, large, law, methods
 from model import Rollout
 from test_leaf import EOS, pad_responses, random_group, read_json_lines, seeded, values_left_out
 
@@ -152,6 +152,78 @@ def test_even_boundaries_by_hand():
         ([9], 0, 1, []),
     ):
         assert methods.even_boundaries(torch.tensor(lengths), B, min_prefix=m) == want
+
+
+# --------------------------------------------------------------------------------------------------
+# law
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_variance_of_tails_is_that_of_drawn_rewards(weight):
+    """Groups of 4, 3 and 1, effects and luck drawn anew each time."""
+    sizes = [4, 3, 1]
+    rho = 0.6
+    lengths = [2] * 8
+    tokens = [[g, 0] for g, n in enumerate(sizes) for _ in range(n)]
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(6000):
+        effects = math.sqrt(rho) * rng.standard_normal(3)
+        rewards = [effects[g] + rng.standard_normal() for g, _ in tokens]
+        nodes = leaf.build_tree(tokens, lengths, rewards, [1])
+        spans = methods.leave_one_out_credits(lengths, rewards, nodes, weight)
+        squares.append([s.credit**2 for s in spans if s.end == 2])
+    found = np.mean(squares, 0)
+    for group, members in enumerate((slice(0, 4), slice(4, 7), slice(7, 8))):
+        expected = law.tail_variance(sizes, group, rho, weight)
+        assert found[members].mean() == pytest.approx(expected, rel=0.05)
+
+
+def test_the_law_breaks_even_where_it_says():
+    for n, K, weight in ((4, 8, 1.0), (4, 8, 0.5), (2, 64, 1.0), (8, 16, 0.3)):
+        rho = law.break_even(n, K, weight)
+        sizes = [n] * (K // n)
+        with_tree = law.tail_variance(sizes, 0, rho, weight)
+        assert with_tree == pytest.approx(law.tail_variance(sizes, 0, rho, 0.0))
+        assert law.tail_variance(sizes, 0, 2 * rho, weight) < law.tail_variance(
+            sizes, 0, 2 * rho, 0.0
+        )
+    # At the node's break-even half-way is best.
+    rho = law.break_even(4, 8)
+    half, less, more = (law.tail_variance([4, 4], 0, rho, weight) for weight in (0.5, 0.45, 0.55))
+    assert half < min(less, more)
+    # The leading order is the limit of large K, and one boundary after another without an effect
+    # makes it worse.
+    ratio = law.tail_variance([4] * 1000, 0, 0.5) / law.tail_variance([4] * 1000, 0, 0.5, 0.0)
+    assert law.chain_ratio([4], [1 / 3]) == pytest.approx(ratio, rel=1e-2)
+    assert law.chain_ratio([4, 2], [1 / 3, 0.0]) > law.chain_ratio([4], [1 / 3])
+
+
+def test_the_small_policys_true_gradient_is_what_unbiased_rules_find():
+    rng = np.random.default_rng(1)
+    model = law.Model(effects=(0.3, 0.3, 0.2), boundaries=2, peak=0.8)
+    prompts = [law.Prompt(model, rng) for _ in range(1500)]
+
+    def along_truth(rule):
+        """What a rule has too much of it, in standard errors."""
+        excess = np.array([((p.whole[rule] - p.truth) * p.truth).sum() for p in prompts])
+        return excess.mean() / excess.std() * len(excess) ** 0.5
+
+    assert all(abs(along_truth(rule)) < 4 for rule in law.WEIGHTS)
+    assert abs(along_truth("LEAF, no z-score")) > 10  # 1 / sqrt n is a bias
+
+
+def test_the_law_predicts_what_is_measured():
+    for model in (law.Model(), law.Model(K=32, options=4, peak=0.9)):
+        found = law.measure(model, batches=150)
+        for rule, predicted in found["predicted tails"].items():
+            assert found["tails"][rule] == pytest.approx(predicted, abs=0.06)
+        assert found["logged"]["tails"] == pytest.approx(found["tails"][law.TREE], abs=0.06)
+
+
+def test_the_identity_departs_with_lengths_and_clipping_alone():
+    assert law.departure(0, 0, 500) < 1e-12
+    assert 0.01 < law.departure(0.1, 0, 500) < law.departure(0.3, 0, 500)
 
 
 # --------------------------------------------------------------------------------------------------
