@@ -210,7 +210,7 @@ def test_the_small_policys_true_gradient_is_what_unbiased_rules_find():
         return excess.mean() / excess.std() * len(excess) ** 0.5
 
     assert all(abs(along_truth(rule)) < 4 for rule in law.WEIGHTS)
-    assert abs(along_truth("LEAF, no z-score")) > 10  # 1 / sqrt n is a bias
+    assert abs(along_truth("LEAF, no z-score")) > 4  # 1 / sqrt n is a bias
 
 
 def test_the_law_predicts_what_is_measured():
