@@ -190,7 +190,10 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
     N = noise[GRPO].sum()
     fillers = noise[GRPO][max(len(model.effects), B) :].sum()
     share = noise[GRPO][B:].sum() / N * behind[GRPO] / fillers  # f: of tails behind a node
-    explained = [*model.effects, *[0.0] * B][:B]
+    # Of what the first decision adds, the M options of one prompt show 1 - 1 / M.
+    variances = [model.effects[0] * (1 - 1 / model.options), *model.effects[1:]]
+    total = sum(variances) + 1 - sum(model.effects)
+    explained = [*(variance / total for variance in variances), *[0.0] * B][:B]
     result = {
         "model": asdict(model),
         "group size": fmean(path[-1] for path in sizes if path),
