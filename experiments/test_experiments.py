@@ -385,7 +385,7 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
     found = {r["task"]: r for r in compare.finished(args, "main")}
     early = found["early-K32"]
     assert (early["config"]["responses"], early["config"]["prompts"]) == (32, 2)
-    assert list(early["validation"]) == ["4"] and "reward sampled" in early["test"]
+    assert list(early["validation"]) == ["4"] and "mean reward x100" in early["test"]
     assert np.shape(early["noise"]) == np.shape(found["qa"]["noise"]) == (2, 2)
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     stages = {"main": [early], "bases": []}
