@@ -308,6 +308,9 @@ def show(results: list[dict]):
         pairs[f"gain of {rule}"] = [
             (1 + r["predicted gain"][rule], 1 + r["gain"][rule]["value"]) for r in one
         ]
+    gains = [1 + r["gain"][TREE]["value"] for r in results]
+    tokens = [r["logged"]["tokens"] ** -0.5 for r in results]
+    pairs[f"gain of {TREE}, from all tokens"] = list(zip(tokens, gains))
     rows = []
     for name, values in pairs.items():
         x, y = np.array(values).T
@@ -328,6 +331,10 @@ def show(results: list[dict]):
             rows.append([rule, f"{min(values):+.0%} to {max(values):+.0%}", up, down, *cells])
     header = ["gain in cosine over GRPO", "range", "models above", "below"]
     print(table([*header, "correlation with 1 - logged: tails", "all tokens"], rows))
+    clear = [r for r in results if abs(r["gain"][TREE]["value"]) > r["gain"][TREE]["ci"]]
+    for name in ("tails", "tokens"):
+        right = sum((r["logged"][name] < 1) == (r["gain"][TREE]["value"] > 0) for r in clear)
+        print(f"logged of {name}: the sign of {right} of {len(clear)} clear gains of {TREE}")
 
 
 def plot(results: list[dict]):
