@@ -469,7 +469,8 @@ def report(lines: list[dict]):
     best = best_rates(tried, 1)
     for r in stages["main"] + stages["ablations"]:
         # Another than the best: the finals did not confirm it, or --lr asked for it.
-        if [r["lr"]] != best.get((r["task"], rate_of(r["task"], r["method"]))):
+        chosen = best.get((r["task"], rate_of(r["task"], r["method"])), [r["lr"]])
+        if [r["lr"]] != chosen:
             r["method"] += f" at {r['lr']:g}"
     trained = stages["main"] + stages["ablations"]
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in trained}
@@ -516,8 +517,9 @@ def main_table(stages: dict, runs: dict, tasks, metrics: tuple) -> str:
             if own:
                 differences = [paired(runs, task, method, BASELINE, m) for m in metrics]
                 differences += [paired(runs, task, method, PLAIN, m) for m in metrics[1:]]
-                noise = np.sum([r["noise"] for r in own if "noise" in r] or [np.zeros((2, 2))], 0)
-                ratios = [f"{leaf.noise_ratio(*sums):.2f}" for sums in noise]
+                noise = [r["noise"] for r in own if "noise" in r]
+                sums = np.sum(noise, 0) if noise else []
+                ratios = [f"{leaf.noise_ratio(*pair):.2f}" for pair in sums] or ["", ""]
                 seconds = f"{statistics.fmean(r['cpu_seconds'] for r in own):.0f}"
                 measured = [column(own, m) for m in metrics]
                 rate = f"{own[0]['lr']:g}"
@@ -541,7 +543,8 @@ REWARD_METRICS = "BLEU sampled", "mean reward x100"
 def ablation_table(runs: dict) -> str:
     task = TASKS[0]
     rows = []
-    runs = {key: r for key, r in runs.items() if key[0] == task and (task, "B=1", *key[2:]) in runs}
+    shared = {key[2:] for key in runs if key[0] == task and key[1] in ALSO}  # bases and seeds
+    runs = {key: r for key, r in runs.items() if key[0] == task and key[2:] in shared}
     for method in ("LEAF", BASELINE, *ALSO):
         own = [r for key, r in runs.items() if key[:2] == (task, method)]
         if own:
@@ -554,8 +557,9 @@ def ablation_table(runs: dict) -> str:
     same_k.append(("LEAF, scaled", BASELINE))
     same_k.append(("LEAF", f"{BASELINE}, KL 0.008"))
     notes = [
-        f"{one} − {other}, sampled: {paired(runs, task, one, other, METRICS[1])}\n"
+        f"{one} − {other}, {metric}: {paired(runs, task, one, other, metric)}\n"
         for one, other in same_k
+        for metric in METRICS[1:]
     ]
     header = [task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"]
     return table(header, rows) + "\n" + "".join(notes)
