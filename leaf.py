@@ -297,6 +297,47 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     return report
 
 
+def leave_one_out_values(response: int, rewards: list[float], path: list[Node]) -> list[float]:
+    """The value of each prefix on a response's path, the root's first, that its own reward has no
+    part in: V_i(v0) is the mean of the others, V_i(v) is V(v) with V_i(u) of the value before it in
+    the place of r_i. At least two responses."""
+    own = rewards[response]
+    values = [(sum(rewards) - own) / (len(rewards) - 1)]
+    for node in path:
+        values.append(node.value + (values[-1] - own) / len(node.members))
+    return values
+
+
+def tail_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> tuple[float, float]:
+    """How much the reward of a tail varies around the value of its node, and around the root's.
+
+    Over the tails behind a retained node, the sums of w_i (r_i - V_i(v_last))^2 and of
+    w_i (r_i - V_i(v0))^2, values as leave_one_out_values has them. w_i = sum over the tail of
+    (1 - q)^2 / length^2 says how far the tail's tokens, of probability q, can move the gradient.
+    Equal rewards, or no such tail: 0 and 0.
+    """
+    rewards = _to_list(rewards)
+    at_node = 0.0
+    at_root = 0.0
+    if max(rewards) > min(rewards):
+        nodes = build_tree(tokens, lengths, rewards, boundaries)
+        for i, (length, row) in enumerate(zip(_to_list(lengths), _to_list(surprisal))):
+            path = path_of(i, nodes)
+            if path and path[-1].boundary < length:
+                tail = row[path[-1].boundary : length]
+                weight = sum(math.expm1(-s) ** 2 for s in tail) / length**2
+                root_value, *_, value = leave_one_out_values(i, rewards, path)
+                at_node += weight * (rewards[i] - value) ** 2
+                at_root += weight * (rewards[i] - root_value) ** 2
+    return at_node, at_root
+
+
+def noise_ratio(with_tree: float, without: float) -> float:
+    """Sums of tail_noise over all prompts, divided: below 1, a tree as baseline lowers the noise of
+    the tails' gradient. 1 where there is nothing to compare with."""
+    return with_tree / without if without > 0 else 1.0
+
+
 def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, float]:
     """What to watch: means over prompts, of the rewards of their K responses, and over boundaries,
     of fork_stats."""

@@ -551,6 +551,60 @@ def test_fork_stats_by_hand(responses, rewards, fires, usable, size, spread):
     assert {k: got[k] for k in want} == pytest.approx(want)
 
 
+def values_left_out(responses, rewards, i, bounds):
+    """V_i of the root and of every node on response i's path, with the place of each: its own
+    reward is struck out of every mean, and the value before put there."""
+    others = [r for j, r in enumerate(rewards) if j != i]
+    values = [(0, fmean(others))]
+    for b in sorted(set(bounds)):
+        group = [j for j, o in enumerate(responses) if o[:b] == responses[i][:b]]
+        if len(group) > 1:
+            values.append((b, fmean(values[-1][1] if j == i else rewards[j] for j in group)))
+    return values
+
+
+def test_tail_noise_is_its_definition_on_random_groups():
+    rng = random.Random(9)
+    found = 0
+    for _ in range(400):
+        responses, tokens, lengths, surprisal, rewards = random_group(rng)
+        bounds = [rng.randint(1, 14) for _ in range(rng.randint(0, 4))]
+        r = rewards.tolist()
+        want = np.zeros(2)
+        for i, o in enumerate(responses if len(set(r)) > 1 else []):
+            values = values_left_out(responses, r, i, bounds)
+            cut, value = values[-1]
+            q = np.exp(-surprisal[i, cut : len(o)].double().numpy())
+            if cut > 0 and len(q):
+                gaps = np.array([r[i] - value, r[i] - values[0][1]])
+                want += ((1 - q) ** 2).sum() / len(o) ** 2 * gaps**2
+        got = leaf.tail_noise(tokens, lengths, surprisal, rewards, bounds)
+        assert got == pytest.approx(tuple(want), rel=1e-6, abs=1e-12)
+        found += want[0] > 0
+    assert found > 50
+
+
+def test_tail_noise_by_hand():
+    """Two nodes of two, each token with q = 1/2: a tail weighs (1 - q)^2 / 2^2 = 1/16."""
+    tokens, lengths = pad_responses([[1, 5], [1, 6], [2, 5], [2, 6]])
+    surprisal = torch.full((4, 2), math.log(2))
+    # The first: others' mean 2/3, in the node (1 + 2/3) / 2 = 5/6 with r_i's part taken over.
+    rewards = [1.0, 1.0, 0.0, 1.0]
+    at_root = [(1 - 2 / 3) ** 2, (1 - 2 / 3) ** 2, 1, (1 - 2 / 3) ** 2]
+    at_node = [(1 - 5 / 6) ** 2, (1 - 5 / 6) ** 2, 1, (1 - 1 / 3) ** 2]
+    got = leaf.tail_noise(tokens, lengths, surprisal, rewards, [1])
+    assert got == pytest.approx((sum(at_node) / 16, sum(at_root) / 16))
+    assert leaf.noise_ratio(*got) == pytest.approx(sum(at_node) / sum(at_root))
+    for nothing in (
+        leaf.tail_noise(tokens, lengths, surprisal, [0.3] * 4, [1]),  # equal rewards
+        leaf.tail_noise(tokens, lengths, surprisal, rewards, []),  # no boundary
+        leaf.tail_noise(tokens, lengths, surprisal, rewards, [2]),  # all on their own
+        leaf.tail_noise(tokens[:1], lengths[:1], surprisal[:1], [1.0], [1]),  # K = 1
+        leaf.tail_noise([[1, 5]] * 2, [2, 2], [[1.0, 1.0]] * 2, [0.0, 1.0], [2]),  # no tail
+    ):
+        assert nothing == (0, 0) and leaf.noise_ratio(*nothing) == 1
+
+
 def test_leaf_credit_takes_less_than_a_millisecond():
     """K = 8, T = 200: responses leave a common answer one after another. The best of many: the
     machine is shared."""
@@ -2552,10 +2606,11 @@ def test_metrics_say_what_to_watch(first_run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     wanted = set(
         "loss reward reward_std kl clip_fraction ratio ratio_gap grad_norm lr equal_rewards "
-        "response_length fork_fire usable_fork_fire".split()
+        "response_length fork_fire usable_fork_fire noise_ratio".split()
     )
     for row in rows:
         assert wanted <= row.keys() and all(math.isfinite(row[k]) for k in wanted)
+        assert row["noise_ratio"] == leaf.noise_ratio(*(row[name] for name in train.NOISE))
         # A mean over all responses: shares add up to 1.
         assert row["ratio"] == pytest.approx(1, abs=0.1)
         assert row["first_ratio_gap"] < 1e-5  # LoRA's B is no longer zero from the second row on
@@ -2853,6 +2908,7 @@ def test_two_processes_are_one(device, first_run, tmp_path):
     assert said.count("6 steps of") == 1 and said.count("took") == 1
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     alike = "loss reward kl grad_norm response_length usable_fork_fire equal_rewards lr".split()
+    alike += ["noise_ratio", *train.NOISE]
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
         for key in alike:

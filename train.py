@@ -218,13 +218,15 @@ def train_policy(
             rewarded = time.perf_counter()
 
             # Credit: per prompt, from the tree that its own responses form.
-            advantages, forks = [], []
+            advantages, forks, noise = [], [], []
             surprisal = -on_host.logq
             for p in range(len(indices)):
                 tokens, lengths = on_host.tokens[p], on_host.lengths[p]
                 given, boundaries = credit(cfg, tokens, lengths, surprisal[p], rewards[p])
                 advantages.append(given)
                 forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
+                group = (tokens, lengths, surprisal[p], rewards[p])
+                noise.append(leaf.tail_noise(*group, boundaries))
             advantages = to_device(torch.stack(advantages), model.device)  # (P, K, T)
             credited = time.perf_counter()
 
@@ -267,6 +269,7 @@ def train_policy(
             seconds = time.perf_counter() - began
             metrics = dict(zip(names, np.mean(statistics, axis=0).tolist()))
             metrics |= leaf.group_stats(rewards, forks)
+            metrics |= dict(zip(NOISE, np.mean(noise, axis=0).tolist()))
             first_gap = statistics[0][names.index("ratio_gap")]
             metrics |= {
                 "grad_norm": float(np.mean(grad_norms)),
@@ -283,6 +286,9 @@ def train_policy(
                 bleu = greedy_bleu(model, tokenizer, validation, cfg)
                 validation_bleu = {"validation_bleu": bleu}
             log.record(step, metrics, validation_bleu)
+
+
+NOISE = ("tail_noise_at_node", "tail_noise_at_root")  # what leaf.noise_ratio divides
 
 
 def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int]]:
@@ -720,6 +726,8 @@ class Log:
             average([values])
             *means, stopping = values.tolist()
             metrics = dict(zip(metrics, means))
+        if NOISE[0] in metrics:  # after the mean: the mean of ratios is another number
+            metrics["noise_ratio"] = leaf.noise_ratio(*(metrics[name] for name in NOISE))
         metrics = metrics | (validation or {})
         done = step + 1
         with writing(self.path):

@@ -1,6 +1,7 @@
 """LEAF against GRPO, and LEAF against parts of itself: methods x bases x seeds, paired, resumable.
 
     python -m experiments.compare bases rates finals main ablations    # the work, below --out
+    python -m experiments.compare rates main --tasks early early-K32 late    # other rewards on qa
     python -m experiments.compare keep report       # copy what is finished; tables, figures
 
 Paired runs share everything but the method: the base, the data order, the noise of the rollouts,
@@ -15,7 +16,7 @@ the same command goes on with the rest.
                than the noise
     main       tasks x main methods x bases x seeds, each method at its own best rate of its task,
                or all at --lr
-    ablations  on the first task, at LEAF's rate; those of GRPO at GRPO's
+    ablations  on the first of --tasks, at LEAF's rate; those of GRPO at GRPO's
 
     keep       the finished runs, a line each, in experiments/results/compare.jsonl
     report     from that file alone: compare.md, and the figures compare and forks as PNG and SVG
@@ -39,6 +40,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -46,15 +48,43 @@ import data
 import leaf
 import train
 from experiments.keep import RESULTS
-from experiments.methods import ABLATIONS, BASELINE, MAIN, METHODS, PLAIN, VARIANT, with_responses
+from experiments.methods import (
+    ABLATIONS,
+    BASELINE,
+    HALF_WAY,
+    MAIN,
+    METHODS,
+    NO_ROOT,
+    PLAIN,
+    SCALED,
+    VARIANT,
+    token_noise,
+    with_responses,
+)
 
 TASKS = ("qa", "translation", "asterisk")
+
+
+def first_words(answer: str, row: dict) -> float:
+    """Share of the reference's first three words in place; qa's references have seven and more."""
+    return sum(a == b for a, b in zip(answer.split()[:3], row["reference"].split())) / 3
+
+
+def last_words(answer: str, row: dict) -> float:
+    """The same of the last three, counted from the end."""
+    return sum(a == b for a, b in zip(answer.split()[:-4:-1], row["reference"].split()[::-1])) / 3
+
+
+# The task qa under another reward, and K.
+SETTINGS = {"early": (first_words, 8), "early-K32": (first_words, 32), "late": (last_words, 8)}
+BLEU = data.reward
 BASES = range(4)
 SEEDS = range(5)
 RATE_SEEDS = {"rates": 100, "finals": 101}
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
 # Longer where 1e-3, its end, was the best of some.
 RATES = {"qa": GRID, "translation": GRID, "asterisk": (5e-4, *GRID)}
+RATES |= dict.fromkeys(SETTINGS, GRID[1:])
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
 # Bases get more steps where the default's do not suffice, or only with luck, to hear well.
 OWN = {
@@ -63,9 +93,11 @@ OWN = {
     "asterisk": {"ctc_steps": 1000, "sft_steps": 1000},
 }
 KS = (4, 16)  # beside the default's 8
-OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in KS for name in ("LEAF", BASELINE)}
+OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in KS for name in MAIN}
 COMPARED = MAIN | VARIANT
-ALL = METHODS | OF_K
+ALSO = ABLATIONS | {HALF_WAY: METHODS[HALF_WAY]} | SCALED | OF_K
+ALL = METHODS | SCALED | OF_K
+NOISE_STEPS = 20  # the first, whose noise ratio is kept
 STAGES = ("bases", "rates", "finals", "main", "ablations")
 PHASES = 5  # of training, in which forkability is counted
 PLACES = 4  # of a response's length
@@ -77,9 +109,21 @@ PLACES = 4  # of a response's length
 
 def config(args, task: str, base: int, **overrides) -> train.Config:
     """Train.py's configuration of a run; the default corpus is the synthetic one."""
+    task = corpus_of(task)
     corpus = {"data": str(args.corpus)} if task == "asterisk" else {"task": task}
     of_base = {"base": f"{args.out}/base-{task}-seed{base}", "base_seed": base}
     return train.Config(**(RUN | OWN[task] | corpus | of_base | overrides))
+
+
+def corpus_of(task: str) -> str:
+    return "qa" if task in SETTINGS else task
+
+
+def compared(task: str) -> dict:
+    """The methods of the main comparison on a task."""
+    if task in SETTINGS:
+        return COMPARED | {name: METHODS[name] for name in (HALF_WAY, NO_ROOT)}
+    return COMPARED
 
 
 class Heard(data.Split):
@@ -128,7 +172,12 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     """Train and measure one policy; the test split is only touched where the result is reported."""
     file = run_file(args, stage, task, method, base, seed, lr)
     folder = file.with_suffix("")
-    cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **ALL[method].flags)
+    trained = ALL[method]
+    data.reward = BLEU  # also where this process had another before
+    if task in SETTINGS:
+        data.reward, K = SETTINGS[task]
+        trained = with_responses(trained, K)
+    cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **trained.flags)
     # Of a run that was stopped: it is short, and starts again.
     shutil.rmtree(folder, ignore_errors=True)
     device, dtype = train.pick(cfg)
@@ -139,16 +188,17 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     train.adapt(cfg, model)
     prepared = time.perf_counter()
     forks = []
+    noise = []
     train.train_policy(
         cfg,
         model,
         tokenizer,
         splits["train"],
-        splits["validation"],
+        splits["validation"] if task in TASKS else None,
         folder,
-        credit=recording(ALL[method].credit, forks),
+        credit=recording(trained.credit, forks, noise),
     )
-    trained = time.perf_counter()
+    done = time.perf_counter()
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
     result = {
         "stage": stage,
@@ -166,19 +216,24 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
             for name in ("reward", "kl", "usable_fork_fire")
         },
         "forks": forkability(forks),
-        "seconds": {"preparation": prepared - began, "training": trained - prepared},
+        # By leaf.tail_noise and token_noise: with the tree, without.
+        "noise": np.sum(noise[: NOISE_STEPS * cfg.prompts], 0).tolist(),
+        "seconds": {"preparation": prepared - began, "training": done - prepared},
         "cpu_seconds": time.process_time() - cpu,
     }
+    predictions = folder / "predictions.jsonl"
+    if task in SETTINGS:
+        scores = train.evaluate(model, tokenizer, splits["validation"], cfg, predictions)
+        result["validation"] = {cfg.steps: scores["mean reward x100"]}
     if stage not in RATE_SEEDS:
-        predictions = folder / "predictions.jsonl"
         result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, predictions)
     train.write_json(file, result)
     shutil.rmtree(folder)
 
 
-def recording(rule, forks: list[list[dict]]):
+def recording(rule, forks: list[list[dict]], noise: list):
     """The credit rule, which then appends each prompt's leaf.fork_stats to forks, with the place of
-    each boundary relative to the mean length."""
+    each boundary relative to the mean length, and both measures of noise to noise."""
 
     @functools.wraps(rule)
     def recorded(cfg, tokens, lengths, surprisal, rewards):
@@ -186,6 +241,8 @@ def recording(rule, forks: list[list[dict]]):
         report = leaf.fork_stats(tokens, lengths, rewards, boundaries)
         length = lengths.float().mean().item()
         forks.append([fork | {"place": fork["position"] / length} for fork in report])
+        group = (tokens, lengths, surprisal, rewards, boundaries)
+        noise.append([leaf.tail_noise(*group), token_noise(*group)])
         return advantages, boundaries
 
     return recorded
@@ -249,10 +306,12 @@ def best_rates(runs: list[dict], count: int) -> dict[tuple[str, str], list[float
     return {cell: best_first(by_rate)[:count] for cell, by_rate in scores.items()}
 
 
-def rate_of(method: str) -> str:
+def rate_of(task: str, method: str) -> str:
     """The method whose learning rate a method takes."""
-    if method in COMPARED:
+    if method in compared(task):
         return method
+    if PLAIN in method:
+        return PLAIN
     return BASELINE if BASELINE in method or method == "mean baseline" else "LEAF"
 
 
@@ -267,35 +326,37 @@ def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base
     before any twice."""
     if stage == "rates":
-        rates = {(task, method): RATES[task] for task in args.tasks for method in COMPARED}
+        rates = {(task, method): RATES[task] for task in args.tasks for method in compared(task)}
     elif stage == "finals":
         rates = best_rates(finished(args, "rates"), 2)
     else:
         rates = best_rates(finished(args, "rates") + finished(args, "finals"), 1)
-    if stage == "main" and args.lr:
-        rates = dict.fromkeys(rates, [args.lr])
+    if args.lr and stage not in RATE_SEEDS:
+        rates = {(task, method): [args.lr] for task in args.tasks for method in compared(task)}
     if stage == "ablations":
         seeds = SEEDS[: args.ablation_seeds]
-        cells = list(itertools.product(args.tasks[:1], seeds, BASES, ABLATIONS | OF_K))
+        cells = list(itertools.product(args.tasks[:1], seeds, BASES, ALSO))
     else:
         seeds = SEEDS if stage == "main" else [RATE_SEEDS[stage]]
         cells = []
         for task in args.tasks:
-            cells += itertools.product([task], seeds, bases_of(stage, task), COMPARED)
+            cells += itertools.product([task], seeds, bases_of(stage, task), compared(task))
     return [
         (stage, task, method, base, seed, lr)
         for task, seed, base, method in cells
-        for lr in rates[task, rate_of(method)]
+        if not args.methods or method in args.methods
+        for lr in rates[task, rate_of(task, method)]
     ]
 
 
 def missing(args, stage: str) -> list[tuple]:
     """What is left to run of a stage, for which those before it must be finished; the finals may be
     left out."""
-    if stage != "rates" and missing(args, "rates"):
+    rates_needed = stage == "finals" or not (args.lr or stage == "rates")
+    if rates_needed and missing(args, "rates"):
         untried = f"not all learning rates have been tried for {', '.join(args.tasks)}"
         raise data.UserError(f"{untried}: run the stage rates")
-    if stage in ("main", "ablations"):
+    if stage in ("main", "ablations") and rates_needed:
         if 0 < len(missing(args, "finals")) < len(plan(args, "finals")):
             begun = "the finals have begun, but are not finished"
             raise data.UserError(f"{begun}: run the stage finals")
@@ -307,7 +368,7 @@ def work(args, stage: str):
     if stage == "bases":
         jobs = [
             (make_base, args, task, base)
-            for task in args.tasks
+            for task in dict.fromkeys(map(corpus_of, args.tasks))
             for base in BASES
             if not (args.out / "bases" / f"{task}-base{base}.json").exists()
         ]
@@ -408,13 +469,15 @@ def report(lines: list[dict]):
     best = best_rates(tried, 1)
     for r in stages["main"] + stages["ablations"]:
         # Another than the best: the finals did not confirm it, or --lr asked for it.
-        if [r["lr"]] != best[r["task"], rate_of(r["method"])]:
+        chosen = best.get((r["task"], rate_of(r["task"], r["method"])), [r["lr"]])
+        if [r["lr"]] != chosen:
             r["method"] += f" at {r['lr']:g}"
     trained = stages["main"] + stages["ablations"]
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in trained}
     tables = [
         rate_table(tried, best),
-        main_table(stages, runs),
+        main_table(stages, runs, TASKS, METRICS),
+        main_table(stages, runs, SETTINGS, REWARD_METRICS),
         ablation_table(runs),
         fork_table(stages),
     ]
@@ -436,32 +499,37 @@ def rate_table(runs: list[dict], best: dict) -> str:
             cell = ", ".join(f"{statistics.fmean(of):.1f} ({len(of)})" for of in scores if of)
             row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
-    header = ["validation BLEU (runs), of finals", "method", *(f"{lr:g}" for lr in rates)]
+    header = ["validation (runs), of finals", "method", *(f"{lr:g}" for lr in rates)]
     return table(header, rows)
 
 
-def main_table(stages: dict, runs: dict) -> str:
+def main_table(stages: dict, runs: dict, tasks, metrics: tuple) -> str:
+    """Scores, differences, and the noise ratios, of tails and of all tokens, of the first steps."""
     rows = []
-    for task in TASKS:
+    for task in tasks:
         bases = [r for r in stages["bases"] if r["task"] == task]
         if bases:
-            measured = [column(bases, m) for m in METRICS]
-            rows.append([task, "base", "", len(bases), *measured, *[""] * 6])
+            measured = [column(bases, m) for m in metrics]
+            rows.append([task, "base", "", len(bases), *measured, *[""] * 8])
         others = [r["method"] for r in stages["main"] if r["task"] == task]
-        for method in dict.fromkeys([*COMPARED, *others]):
+        for method in dict.fromkeys([*compared(task), *others]):
             own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
             if own:
-                differences = [paired(runs, task, method, BASELINE, m) for m in METRICS]
-                differences += [paired(runs, task, method, PLAIN, m) for m in METRICS[1:]]
+                differences = [paired(runs, task, method, BASELINE, m) for m in metrics]
+                differences += [paired(runs, task, method, PLAIN, m) for m in metrics[1:]]
+                noise = [r["noise"] for r in own if "noise" in r]
+                sums = np.sum(noise, 0) if noise else []
+                ratios = [f"{leaf.noise_ratio(*pair):.2f}" for pair in sums] or ["", ""]
                 seconds = f"{statistics.fmean(r['cpu_seconds'] for r in own):.0f}"
-                measured = [column(own, m) for m in METRICS]
+                measured = [column(own, m) for m in metrics]
                 rate = f"{own[0]['lr']:g}"
-                rows.append([task, method, rate, len(own), *measured, *differences, seconds])
-    header = ["task", "method", "lr", "runs", *METRICS]
-    header += ["greedy − GRPO", "sampled − GRPO", "exact − GRPO"]
-    header += ["sampled − plain", "exact − plain", "CPU s"]
+                rows.append(
+                    [task, method, rate, len(own), *measured, *differences, *ratios, seconds]
+                )
+    header = ["task", "method", "lr", "runs", *metrics, *(f"{m} − GRPO" for m in metrics)]
+    header += [*(f"{m} − plain" for m in metrics[1:]), "noise, tails", "all", "CPU s"]
     notes = [
-        f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, METRICS[1])}\n"
+        f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, metrics[1])}\n"
         for task, method, *_ in rows
         if " at " in method
     ]
@@ -469,23 +537,29 @@ def main_table(stages: dict, runs: dict) -> str:
 
 
 METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %"
+REWARD_METRICS = "BLEU sampled", "mean reward x100"
 
 
 def ablation_table(runs: dict) -> str:
     task = TASKS[0]
     rows = []
-    runs = {key: r for key, r in runs.items() if key[0] == task and (task, "B=1", *key[2:]) in runs}
-    for method in ("LEAF", BASELINE, *ABLATIONS, *OF_K):
+    shared = {key[2:] for key in runs if key[0] == task and key[1] in ALSO}  # bases and seeds
+    runs = {key: r for key, r in runs.items() if key[0] == task and key[2:] in shared}
+    for method in ("LEAF", BASELINE, *ALSO):
         own = [r for key, r in runs.items() if key[:2] == (task, method)]
         if own:
             measured = [column(own, m) for m in METRICS[:2]]
             others = ("LEAF", BASELINE)
             against = [paired(runs, task, method, other, METRICS[1]) for other in others]
             rows.append([method, f"{own[0]['lr']:g}", len(own), *measured, *against])
-    same_k = [(f"LEAF, K={K}", f"{BASELINE}, K={K}") for K in KS]
+    names = ("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE)
+    same_k = [(f"{one}, K={K}", f"{other}, K={K}") for K in KS for one, other in names]
+    same_k.append(("LEAF, scaled", BASELINE))
+    same_k.append(("LEAF", f"{BASELINE}, KL 0.008"))
     notes = [
-        f"{one} − {other}, sampled: {paired(runs, task, one, other, METRICS[1])}\n"
+        f"{one} − {other}, {metric}: {paired(runs, task, one, other, metric)}\n"
         for one, other in same_k
+        for metric in METRICS[1:]
     ]
     header = [task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"]
     return table(header, rows) + "\n" + "".join(notes)
@@ -600,7 +674,8 @@ def main():
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)"
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *SETTINGS), default=TASKS)
+    parser.add_argument("--methods", nargs="+", choices=ALL, metavar="NAME", help="only these")
     parser.add_argument(
         "--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made"
     )
@@ -611,7 +686,7 @@ def main():
         help="runs at a time (default: %(default)s)",
     )
     parser.add_argument(
-        "--lr", type=float, help="main at this rate for all, beside each method's best"
+        "--lr", type=float, help="main or ablations at this rate instead of each method's best"
     )
     parser.add_argument(
         "--ablation-seeds", type=int, default=2, help="seeds per base for each ablation"

@@ -44,32 +44,38 @@ def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]
 # Leave-one-out credit, our variant of steps 4 and 5
 
 
-def leave_one_out_credits(lengths, rewards, nodes: list[leaf.Node]) -> list[leaf.Span]:
+def leave_one_out_credits(
+    lengths, rewards, nodes: list[leaf.Node], node_weight: float = 1.0
+) -> list[leaf.Span]:
     """r_i minus a value, of the prefix so far, that r_i has no part in.
 
-    V_i(v0) is the mean reward of the other responses. At a node v it is V(v) with the value before
-    it, V_i(u), in the place of r_i. So for given boundaries the gradient is unbiased: a baseline
+    The value is node_weight times that of the last node and the rest times the root's, as
+    leaf.leave_one_out_values has them. So for given boundaries the gradient is unbiased: a baseline
     may depend on the prefix and on the other responses, and on nothing else. Spans as
     leaf.span_credits has them; at least two responses.
     """
     rewards = [float(r) for r in rewards]
     spans = []
     for i, length in enumerate(int(n) for n in lengths):
+        path = leaf.path_of(i, nodes)
+        values = leaf.leave_one_out_values(i, rewards, path)
         start = 0
-        value = (sum(rewards) - rewards[i]) / (len(rewards) - 1)
-        for node in leaf.path_of(i, nodes):
-            end = min(node.boundary, length)
+        for boundary, value in zip([*(node.boundary for node in path), length], values):
+            end = min(boundary, length)
             if start < end:
-                spans.append(leaf.Span(i, start, end, rewards[i] - value))
+                baseline = node_weight * value + (1 - node_weight) * values[0]
+                spans.append(leaf.Span(i, start, end, rewards[i] - baseline))
             start = end
-            value = node.value + (value - rewards[i]) / len(node.members)
-        if start < length:
-            spans.append(leaf.Span(i, start, length, rewards[i] - value))
     return spans
 
 
 def leave_one_out(
-    tokens, lengths, rewards, boundaries: list[int], normalize: bool = True
+    tokens,
+    lengths,
+    rewards,
+    boundaries: list[int],
+    normalize: bool = True,
+    node_weight: float = 1.0,
 ) -> torch.Tensor:
     """The variant's advantages (K, T), arguments as in leaf.leaf_advantages.
 
@@ -80,11 +86,56 @@ def leave_one_out(
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
         return torch.zeros(tokens.shape, device=tokens.device)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    spans = leave_one_out_credits(lengths, rewards, nodes)
+    spans = leave_one_out_credits(lengths, rewards, nodes, node_weight)
     if normalize:
         scale = max(stdev(rewards), 1 / 3) + 1e-6
         spans = [span._replace(credit=span.credit / scale) for span in spans]
     return leaf.token_credits(spans, tokens)
+
+
+def token_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> tuple[float, float]:
+    """leaf.tail_noise for all tokens: squared lengths of the gradient by the logits that
+    leave-one-out credit gives, with the tree and without.
+
+    Behind each prefix, the gradient by the logit of a token x is c_x - q_x C: c_x is what the
+    responses through x have of credit / length, C its sum over all tokens seen there, q_x the
+    probability. Logits of tokens that nobody drew are left out.
+    """
+    rewards = [float(r) for r in rewards]
+    if max(rewards) == min(rewards):
+        return 0.0, 0.0
+    lengths = [int(n) for n in lengths]
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    tokens = torch.as_tensor(tokens).tolist()
+    q = torch.exp(-torch.as_tensor(surprisal)).tolist()
+    mean = sum(rewards) / len(rewards)
+    place = {}  # of a distinct token, by the place of the token before it; 0: before the first
+    of_token = [(0, 0.0)]  # by place: the place before, and q_x
+    with_tree = [0.0]  # by place: c_x
+    without = [0.0]
+    for i, start, end, credit in leave_one_out_credits(lengths, rewards, nodes):
+        if start == 0:
+            x = 0
+        credit /= lengths[i]
+        of_root = (rewards[i] - mean) * len(rewards) / (len(rewards) - 1) / lengths[i]
+        for t in range(start, end):
+            key = (x, tokens[i][t])
+            x = place.get(key)
+            if x is None:
+                x = place[key] = len(of_token)
+                of_token.append((key[0], q[i][t]))
+                with_tree.append(0.0)
+                without.append(0.0)
+            with_tree[x] += credit
+            without[x] += of_root
+
+    def squared_length(credits):
+        total = [0.0] * len(credits)  # C, by the place of the token before
+        for (before, _), c in zip(of_token, credits):
+            total[before] += c
+        return sum((c - q_x * total[before]) ** 2 for (before, q_x), c in zip(of_token, credits))
+
+    return squared_length(with_tree), squared_length(without)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,6 +146,18 @@ def credit_leave_one_out(cfg: train.Config, tokens, lengths, surprisal, rewards)
     """Our variant, at LEAF's boundaries."""
     boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget)
     return leave_one_out(tokens, lengths, rewards, boundaries), boundaries
+
+
+def credit_half_way(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """Half-way between leave-one-out values of node and root, at LEAF's boundaries."""
+    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget)
+    return leave_one_out(tokens, lengths, rewards, boundaries, node_weight=0.5), boundaries
+
+
+def credit_scaled(cfg: train.Config, tokens, lengths, surprisal, rewards):
+    """LEAF with a gradient as long as that of GRPO with the floor, so that the KL weighs as much."""
+    advantages, boundaries = train.credit(cfg, tokens, lengths, surprisal, rewards)
+    return advantages / LENGTH, boundaries
 
 
 def credit_random_boundaries(cfg: train.Config, tokens, lengths, surprisal, rewards):
@@ -134,6 +197,9 @@ class Method:
 BASELINE = "GRPO, floor 1/3"
 PLAIN = "GRPO, plain std"
 OURS = "leave-one-out"
+HALF_WAY = "half-way leave-one-out"
+NO_ROOT = "no multiplicity"
+LENGTH = 2.46  # of LEAF's gradient over that of GRPO with the floor, as experiments.credit has it
 MAIN = {
     "LEAF": Method({}),
     BASELINE: Method({"algo": "grpo"}),
@@ -144,14 +210,18 @@ ABLATIONS = {
     "mean baseline": Method({"algo": "grpo", "std_floor": 1.0}),
     "GA only": Method({"terms": "global"}),
     "LA only": Method({"terms": "local"}),
-    "no multiplicity": Method({"multiplicity": False}),
+    NO_ROOT: Method({"multiplicity": False}),
     "random boundaries": Method({}, credit_random_boundaries),
     "even boundaries": Method({}, credit_even_boundaries),
     "B=1": Method({"fork_budget": 1}),
     "B=4": Method({"fork_budget": 4}),
     "B=8": Method({"fork_budget": 8}),
 }
-METHODS = MAIN | VARIANT | ABLATIONS
+SCALED = {
+    f"{BASELINE}, KL 0.008": Method({"algo": "grpo", "kl_coef": 0.008}),  # 0.02 / LENGTH
+    "LEAF, scaled": Method({}, credit_scaled),
+}
+METHODS = MAIN | VARIANT | {HALF_WAY: Method({}, credit_half_way)} | ABLATIONS
 
 
 def with_responses(method: Method, K: int, sampled: int = 64) -> Method:

@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn as nn
 
+import data
 import leaf
 import train
 from data import UserError
-from experiments import compare, credit, gpu, large, methods
+from experiments import compare, credit, gpu, large, law, methods
 from model import Rollout
-from test_leaf import EOS, pad_responses, read_json_lines, seeded
+from test_leaf import EOS, pad_responses, random_group, read_json_lines, seeded, values_left_out
 
 __all__ = ["seeded"]  # a fixture that every test here uses
 
@@ -26,8 +27,9 @@ __all__ = ["seeded"]  # a fixture that every test here uses
 # methods
 
 
+@pytest.mark.parametrize("node_weight", [1.0, 0.5])
 @pytest.mark.parametrize("boundaries", [[], [1], [2], [1, 2]])
-def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
+def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries, node_weight):
     """Every group of 3 responses of a policy with a logit per prefix, each with its probability:
     nothing is sampled."""
     T = 3
@@ -54,7 +56,8 @@ def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries):
         tokens, lengths = pad_responses([responses[o] for o in group], T)
         r = [rewards[o] for o in group]
         nodes = leaf.build_tree(tokens, lengths, r, boundaries)
-        for i, start, end, value in methods.leave_one_out_credits(lengths, r, nodes):
+        spans = methods.leave_one_out_credits(lengths, r, nodes, node_weight)
+        for i, start, end, value in spans:
             for step in steps[group[i]][start:end]:
                 weight[step] = weight.get(step, 0) + chance * value / 3
     (expected,) = torch.autograd.grad(sum(w * logp[step] for step, w in weight.items()), logits)
@@ -68,6 +71,47 @@ def test_leave_one_out_is_rloo_without_a_tree_and_keeps_grpos_scale():
     # r - mean of the others is (r - mean) K / (K - 1).
     expected = leaf.grpo_advantages(rewards, lengths) * 3 / 2
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_half_way_is_the_mean_of_leave_one_out_with_the_tree_and_without():
+    tokens, lengths = pad_responses([[1, 2, EOS], [1, EOS], [2, 1, 1], [1, 2, 2]])
+    group = (tokens, lengths, [0.9, 0.1, 0.4, 0.5])
+    with_tree = methods.leave_one_out(*group, [1, 2])
+    without = methods.leave_one_out(*group, [])
+    found = methods.leave_one_out(*group, [1, 2], node_weight=0.5)
+    assert torch.allclose(found, (with_tree + without) / 2, atol=1e-6)
+    assert not torch.allclose(with_tree, without)
+
+
+def test_token_noise_is_the_gradient_of_the_logits():
+    """By autograd, with logits for every prefix of random groups; all of the distribution is seen."""
+    rng = random.Random(10)
+    vocab = 4
+    for _ in range(100):
+        responses, tokens, lengths, _, rewards = random_group(rng, ended=True)
+        bounds = [rng.randint(1, 14) for _ in range(rng.randint(0, 4))]
+        prefixes = sorted({tuple(o[:t]) for o in responses for t in range(len(o))})
+        # What nobody drew behind a prefix has no probability, and no logit.
+        drawn = {tuple(o[: t + 1]) for o in responses for t in range(len(o))}
+        possible = torch.tensor([[(*p, v) in drawn for v in range(vocab)] for p in prefixes])
+        logits = torch.randn(possible.shape, dtype=torch.float64)
+        logits = logits.masked_fill(~possible, -math.inf).requires_grad_()
+        logp = logits.log_softmax(-1)
+        surprisal = torch.zeros(tokens.shape, dtype=torch.float64)
+        surrogate = [0, 0]
+        r = rewards.tolist()
+        for i, o in enumerate(responses):
+            values = values_left_out(responses, r, i, bounds) if len(set(r)) > 1 else [(0, r[i])]
+            for t in range(len(o)):
+                step = logp[prefixes.index(tuple(o[:t])), o[t]]
+                surprisal[i, t] = -step.detach()
+                value = [value for b, value in values if b <= t][-1]
+                surrogate[0] += (r[i] - value) / len(o) * step
+                surrogate[1] += (r[i] - values[0][1]) / len(o) * step
+        gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in surrogate]
+        want = [g[possible].square().sum().item() for g in gradients]
+        got = methods.token_noise(tokens, lengths, surprisal, rewards, bounds)
+        assert got == pytest.approx(tuple(want), rel=1e-6, abs=1e-12)
 
 
 def test_random_boundaries_keep_the_separation_and_are_uniform():
@@ -108,6 +152,78 @@ def test_even_boundaries_by_hand():
         ([9], 0, 1, []),
     ):
         assert methods.even_boundaries(torch.tensor(lengths), B, min_prefix=m) == want
+
+
+# --------------------------------------------------------------------------------------------------
+# law
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_variance_of_tails_is_that_of_drawn_rewards(weight):
+    """Groups of 4, 3 and 1, effects and luck drawn anew each time."""
+    sizes = [4, 3, 1]
+    rho = 0.6
+    lengths = [2] * 8
+    tokens = [[g, 0] for g, n in enumerate(sizes) for _ in range(n)]
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(6000):
+        effects = math.sqrt(rho) * rng.standard_normal(3)
+        rewards = [effects[g] + rng.standard_normal() for g, _ in tokens]
+        nodes = leaf.build_tree(tokens, lengths, rewards, [1])
+        spans = methods.leave_one_out_credits(lengths, rewards, nodes, weight)
+        squares.append([s.credit**2 for s in spans if s.end == 2])
+    found = np.mean(squares, 0)
+    for group, members in enumerate((slice(0, 4), slice(4, 7), slice(7, 8))):
+        expected = law.tail_variance(sizes, group, rho, weight)
+        assert found[members].mean() == pytest.approx(expected, rel=0.05)
+
+
+def test_the_law_breaks_even_where_it_says():
+    for n, K, weight in ((4, 8, 1.0), (4, 8, 0.5), (2, 64, 1.0), (8, 16, 0.3)):
+        rho = law.break_even(n, K, weight)
+        sizes = [n] * (K // n)
+        with_tree = law.tail_variance(sizes, 0, rho, weight)
+        assert with_tree == pytest.approx(law.tail_variance(sizes, 0, rho, 0.0))
+        assert law.tail_variance(sizes, 0, 2 * rho, weight) < law.tail_variance(
+            sizes, 0, 2 * rho, 0.0
+        )
+    # At the node's break-even half-way is best.
+    rho = law.break_even(4, 8)
+    half, less, more = (law.tail_variance([4, 4], 0, rho, weight) for weight in (0.5, 0.45, 0.55))
+    assert half < min(less, more)
+    # The leading order is the limit of large K, and one boundary after another without an effect
+    # makes it worse.
+    ratio = law.tail_variance([4] * 1000, 0, 0.5) / law.tail_variance([4] * 1000, 0, 0.5, 0.0)
+    assert law.chain_ratio([4], [1 / 3]) == pytest.approx(ratio, rel=1e-2)
+    assert law.chain_ratio([4, 2], [1 / 3, 0.0]) > law.chain_ratio([4], [1 / 3])
+
+
+def test_the_small_policys_true_gradient_is_what_unbiased_rules_find():
+    rng = np.random.default_rng(1)
+    model = law.Model(effects=(0.3, 0.3, 0.2), boundaries=2, peak=0.8)
+    prompts = [law.Prompt(model, rng) for _ in range(1500)]
+
+    def along_truth(rule):
+        """What a rule has too much of it, in standard errors."""
+        excess = np.array([((p.whole[rule] - p.truth) * p.truth).sum() for p in prompts])
+        return excess.mean() / excess.std() * len(excess) ** 0.5
+
+    assert all(abs(along_truth(rule)) < 4 for rule in law.WEIGHTS)
+    assert abs(along_truth("LEAF, no z-score")) > 4  # 1 / sqrt n is a bias
+
+
+def test_the_law_predicts_what_is_measured():
+    for model in (law.Model(), law.Model(K=32, options=4, peak=0.9)):
+        found = law.measure(model, batches=150)
+        for rule, predicted in found["predicted tails"].items():
+            assert found["tails"][rule] == pytest.approx(predicted, abs=0.06)
+        assert found["logged"]["tails"] == pytest.approx(found["tails"][law.TREE], abs=0.06)
+
+
+def test_the_identity_departs_with_lengths_and_clipping_alone():
+    assert law.departure(0, 0, 500) < 1e-12
+    assert 0.01 < law.departure(0.1, 0, 500) < law.departure(0.3, 0, 500)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,31 +292,37 @@ def test_forks_are_counted_by_phase_and_place():
     assert cells[2, 1]["fires"] == pytest.approx(fmean(f["fires"] for f in third), abs=1e-4)
 
 
+TINY = dict(
+    train_rows=24,
+    validation_rows=4,
+    test_rows=6,
+    ctc_steps=1,
+    sft_steps=2,
+    base_batch=4,
+    eval_passes=1,
+    steps=4,
+    prompts=2,
+    responses=4,
+    update_prompts=1,
+    eval_every=2,
+    max_new_tokens=6,
+    device="cpu",
+)
+
+
+def arguments(**given):
+    """Of compare's command line, as far as it is read."""
+    defaults = dict(corpus=None, ablation_seeds=1, lr=None, methods=None)
+    return types.SimpleNamespace(**defaults | given)
+
+
 def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeypatch):
     """In miniature: bases, rates on validation alone, then LEAF and GRPO from the same rollouts;
     a line for each."""
-    tiny = dict(
-        train_rows=24,
-        validation_rows=4,
-        test_rows=6,
-        ctc_steps=1,
-        sft_steps=2,
-        base_batch=4,
-        eval_passes=1,
-    )
-    loop = dict(
-        steps=4,
-        prompts=2,
-        responses=4,
-        update_prompts=1,
-        eval_every=2,
-        max_new_tokens=6,
-        device="cpu",
-    )
-    monkeypatch.setattr(compare, "RUN", tiny | loop)
+    monkeypatch.setattr(compare, "RUN", TINY)
     monkeypatch.setattr(compare, "BASES", range(1))
     monkeypatch.setitem(compare.RATES, "qa", (1e-3, 2e-3))
-    args = types.SimpleNamespace(out=tmp_path, tasks=["qa"], corpus=None, ablation_seeds=1, lr=None)
+    args = arguments(out=tmp_path, tasks=["qa"])
     with pytest.raises(UserError, match="run the stage rates"):
         compare.missing(args, "main")
     compare.make_base(args, "qa", 0)
@@ -219,8 +341,10 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     (tmp_path / "away").rename(final)
     jobs = [job for job in compare.missing(args, "main") if job[4] == 3]
     assert [job[2] for job in jobs] == list(compare.COMPARED)
-    asked = compare.plan(types.SimpleNamespace(**vars(args) | {"lr": 5e-4}), "main")
+    asked = compare.plan(arguments(out=tmp_path, tasks=["qa"], lr=5e-4), "main")
     assert asked == [(*job[:-1], 5e-4) for job in compare.plan(args, "main")]
+    some = compare.plan(arguments(out=tmp_path, tasks=["qa"], methods=["B=4"]), "ablations")
+    assert {job[2] for job in some} == {"B=4"} and len(some) == 1
     for job in jobs:
         compare.run(args, *job)
     runs = compare.finished(args, "main")
@@ -234,6 +358,39 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     made = {f"{name}.{kind}" for name in ("compare", "forks") for kind in ("png", "svg")}
     assert made <= {f.name for f in tmp_path.iterdir()}
     assert "| qa | LEAF |" in (tmp_path / "compare.md").read_text()
+
+
+def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
+    """Its base is qa's, its runs are chosen and judged by its own reward, and qa's keep theirs."""
+    row = {"reference": "On Sunday Anna was at the market."}
+    answers = {"On Monday Anna sat by the market.": (2 / 3, 2 / 3), "market. the at": (0, 1 / 3)}
+    answers |= {"": (0, 0), "On": (1 / 3, 0), "so at the market.": (0, 1)}
+    for answer, wanted in answers.items():
+        found = compare.first_words(answer, row), compare.last_words(answer, row)
+        assert found == pytest.approx(wanted)
+    monkeypatch.setattr(compare, "RUN", TINY)
+    monkeypatch.setattr(compare, "BASES", range(1))
+    monkeypatch.setattr(data, "reward", data.reward)  # put back afterwards
+    args = arguments(out=tmp_path, tasks=["early-K32", "qa"], lr=1e-3)
+    compare.make_base(args, "qa", 0)
+    jobs = [job for job in compare.plan(args, "main") if job[4] == 0]
+    assert len(jobs) == 6 + len(compare.COMPARED)
+    wanted = {"early-K32": compare.HALF_WAY, "qa": "LEAF"}
+    seen = {}
+    for job in jobs:
+        if job[2] == wanted[job[1]]:
+            compare.run(args, *job)
+            seen[job[1]] = data.reward
+    assert seen == {"early-K32": compare.first_words, "qa": compare.BLEU}
+    found = {r["task"]: r for r in compare.finished(args, "main")}
+    early = found["early-K32"]
+    assert (early["config"]["responses"], early["config"]["prompts"]) == (32, 2)
+    assert list(early["validation"]) == ["4"] and "mean reward x100" in early["test"]
+    assert np.shape(early["noise"]) == np.shape(found["qa"]["noise"]) == (2, 2)
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    stages = {"main": [early], "bases": []}
+    table = compare.main_table(stages, {}, compare.SETTINGS, compare.REWARD_METRICS)
+    assert f"| early-K32 | {compare.HALF_WAY} |" in table
 
 
 def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
@@ -254,7 +411,7 @@ def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
         assert advantages.shape == tokens.shape and all(type(b) is int for b in boundaries)
         if ", K" not in name:
             seen.add(tuple(advantages.flatten().tolist()))
-    assert len(seen) == len(compare.METHODS)
+    assert len(seen) == len({*compare.METHODS, "LEAF, scaled"})
 
 
 def test_the_microscopes_statistics_are_those_of_all_pairs():

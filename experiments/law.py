@@ -1,0 +1,404 @@
+"""When does a tree built afterwards lower the noise of a gradient? Formulas, which README.md derives,
+against policies so small that their true gradient is known.
+
+    python -m experiments.law          minutes on one thread; results/law.json, law.png, law.svg
+    python -m experiments.law --plot   the figure and the table again
+
+A response is some decisions, then filler tokens. Decision k takes one of M options, uniformly, and
+adds an effect to the reward that depends on all options so far; luck adds the rest. Effects are
+normal, new for each prompt, and known. Boundary k stands behind token k. The policy has logits for
+each place, so a token's gradient is its one-hot vector minus the probabilities there. Credit is
+leaf.py's and methods.py's; noise is what a batch's gradient has beside its prompts' true one.
+"""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import fmean
+
+import numpy as np
+from tqdm import tqdm
+
+import leaf
+import train
+from experiments import methods
+from experiments.compare import save, table
+from experiments.keep import RESULTS, processor
+
+RESPONSES = 64  # of a batch
+BATCHES = 400
+
+
+# --------------------------------------------------------------------------------------------------
+# The formulas
+
+
+def tail_variance(sizes: list[int], node: int, rho: float, weight: float = 1.0) -> float:
+    """E (r_i - baseline)^2 of a member of a group, over the variance inside of groups.
+
+    sizes: of all groups at the one boundary, K together; node: which of them; rho: variance between
+    groups over that inside; weight: of the leave-one-out node value, the root's having the rest
+    (0: GRPO, 1: the tree). Exact where effects and luck are independent.
+    """
+    K = sum(sizes)
+    n = sizes[node]
+    others = sum(size**2 for size in sizes) - n**2
+    of_root = 1 - weight + weight / n  # the root value's share of the baseline
+    of_member = weight / n + of_root / (K - 1)
+    outside = (K - n + rho * (others + (K - n) ** 2)) / (K - 1) ** 2
+    return 1 + (n - 1) * of_member**2 + of_root**2 * outside
+
+
+def chain_ratio(sizes: list[int], explained: list[float]) -> float:
+    """Noise of the tree's credit over GRPO's, behind the last of any nodes on a path; leading order
+    in 1 / K. sizes: of the nodes; explained: the share of the reward's variance that each explains.
+    """
+    rest = 1.0
+    error = 0.0  # of the leave-one-out value, about the mean reward behind the prefix
+    for n, share in zip(sizes, explained):
+        rest -= share
+        error = ((n - 1) * rest + share + error) / n**2
+    return rest + error
+
+
+def break_even(n: int, K: float = math.inf, weight: float = 1.0) -> float:
+    """The rho above which equal groups of n gain."""
+    return (1 - 1 / K) * weight / (2 * n - weight * (n - 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class Model:
+    K: int = 8
+    options: int = 2  # M, of each decision: some K / M responses share the first
+    effects: tuple = (1 / 3, 1 / 3)  # variance of each decision's effect; luck has the rest of 1
+    boundaries: int = 1  # B
+    fillers: int = 4  # tokens without effect
+    peak: float = 0.5  # probability of the likelier of a filler's two tokens
+
+    @property
+    def chances(self) -> np.ndarray:
+        """Of the tokens at each place: (T, M), and at least two columns."""
+        decisions = len(self.effects)
+        chances = np.zeros((decisions + self.fillers, max(2, self.options)))
+        chances[:decisions, : self.options] = 1 / self.options
+        chances[decisions:, :2] = self.peak, 1 - self.peak
+        return chances
+
+
+def draw(model: Model, rng):
+    """One prompt: tokens (K, T), rewards [K] and the true gradient (T, M)."""
+    K, M = model.K, model.options
+    decisions = rng.integers(M, size=(K, len(model.effects)))
+    fillers = (rng.random((K, model.fillers)) > model.peak).astype(int)
+    rewards = math.sqrt(1 - sum(model.effects)) * rng.standard_normal(K)
+    truth = np.zeros_like(model.chances)
+    for k, variance in enumerate(model.effects):
+        effect = math.sqrt(variance) * rng.standard_normal((M,) * (k + 1))
+        if k > 0:  # a later decision has no part in the value of an earlier one
+            effect -= effect.mean(-1, keepdims=True)
+            effect *= math.sqrt(M / (M - 1))
+        rewards += effect[tuple(decisions[:, : k + 1].T)]
+        of_option = effect.reshape(-1, M).mean(0)
+        truth[k, :M] = (of_option - of_option.mean()) / M
+    return np.hstack([decisions, fillers]), rewards.tolist(), truth
+
+
+def gradient(chances, tokens, spans) -> np.ndarray:
+    """The mean over responses of credit times (one-hot - probabilities): (T, M)."""
+    credits = np.zeros(tokens.shape)
+    for i, start, end, credit in spans:
+        credits[i, start:end] = credit
+    scores = np.eye(chances.shape[1])[tokens] - chances  # (K, T, M)
+    return np.einsum("kt,ktm->tm", credits, scores) / len(tokens)
+
+
+GRPO, TREE, HALF_WAY = "GRPO", methods.OURS, methods.HALF_WAY
+WEIGHTS = {GRPO: 0.0, TREE: 1.0, HALF_WAY: 0.5}  # of the node value; these rules are unbiased
+RULES = {  # (lengths, rewards, nodes) -> spans
+    **{name: partial(methods.leave_one_out_credits, node_weight=w) for name, w in WEIGHTS.items()},
+    "LEAF": lambda *group: leaf.z_score(leaf.span_credits(*group)),
+    "LEAF, no z-score": leaf.span_credits,
+    "LEAF, no 1/sqrt n": lambda *group: leaf.z_score(leaf.span_credits(*group, multiplicity=False)),
+}
+
+
+class Prompt:
+    """One prompt's rollouts, every rule's gradient, and the terms of the formulas."""
+
+    def __init__(self, model: Model, rng):
+        chances = model.chances
+        B = model.boundaries
+        tokens, rewards, self.truth = draw(model, rng)
+        lengths = [tokens.shape[1]] * model.K
+        surprisal = -np.log(chances[np.arange(tokens.shape[1]), tokens])
+        bounds = list(range(1, B + 1))
+        nodes = leaf.build_tree(tokens.tolist(), lengths, rewards, bounds)
+        paths = [leaf.path_of(i, nodes) for i in range(model.K)]
+        self.sizes = [[len(node.members) for node in path] for path in paths]
+        self.whole = {}  # by rule: (T, M)
+        self.behind = {}  # the same of fillers after the last boundary, behind a node: no truth
+        for rule, credit in RULES.items():
+            spans = credit(lengths, rewards, nodes)
+            self.whole[rule] = gradient(chances, tokens, spans)
+            shared = [span for span in spans if paths[span.response]]
+            fillers = slice(max(len(model.effects), B), None)
+            self.behind[rule] = gradient(chances, tokens, shared)[fillers]
+        group = (tokens.tolist(), lengths, surprisal.tolist(), rewards, bounds)
+        self.tails = leaf.tail_noise(*group)
+        self.tokens = methods.token_noise(*group)
+        first = np.bincount(tokens[:, 0]).tolist()
+        rho = model.effects[0] / (1 - model.effects[0])
+        self.exact = {  # sums over the members of nodes; for one boundary
+            rule: sum(n * tail_variance(first, g, rho, w) for g, n in enumerate(first) if n > 1)
+            for rule, w in WEIGHTS.items()
+        }
+
+
+def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
+    """Noise over GRPO's and gain in cosine, as measured, as predicted and as logged."""
+    rng = np.random.default_rng(seed)
+    B = model.boundaries
+    places = len(model.chances)
+    noise = {rule: np.zeros(places) for rule in RULES}  # summed over batches
+    signal = np.zeros(places)
+    behind = {rule: 0.0 for rule in RULES}
+    cosines = {rule: [] for rule in RULES}
+    exact = {rule: 0.0 for rule in WEIGHTS}
+    tails, tokens = np.zeros(2), np.zeros(2)
+    sizes = []
+    for _ in range(batches):
+        prompts = [Prompt(model, rng) for _ in range(RESPONSES // model.K)]
+        truth = np.mean([p.truth for p in prompts], 0)
+        signal += (truth**2).sum(1)
+        for rule in RULES:
+            g = np.mean([p.whole[rule] for p in prompts], 0)
+            cosines[rule].append((g * truth).sum() / np.linalg.norm(g) / np.linalg.norm(truth))
+            for p in prompts:  # independent: the noise of their mean, with less of its own
+                noise[rule] += ((p.whole[rule] - p.truth) ** 2).sum(1) / len(prompts) ** 2
+                behind[rule] += (p.behind[rule] ** 2).sum() / len(prompts) ** 2
+        for rule in WEIGHTS:
+            exact[rule] += sum(p.exact[rule] for p in prompts)
+        tails += np.sum([p.tails for p in prompts], 0)
+        tokens += np.sum([p.tokens for p in prompts], 0)
+        sizes += [path for p in prompts for path in p.sizes]
+    S = signal.sum()
+    N = noise[GRPO].sum()
+    fillers = noise[GRPO][max(len(model.effects), B) :].sum()
+    share = noise[GRPO][B:].sum() / N * behind[GRPO] / fillers  # f: of tails behind a node
+    # Of what the first decision adds, the M options of one prompt show 1 - 1 / M.
+    variances = [model.effects[0] * (1 - 1 / model.options), *model.effects[1:]]
+    total = sum(variances) + 1 - sum(model.effects)
+    explained = [*(variance / total for variance in variances), *[0.0] * B][:B]
+    result = {
+        "model": asdict(model),
+        "group size": fmean(path[-1] for path in sizes if path),
+        "tails' share of noise": share,
+        "GRPO's cosine": fmean(cosines[GRPO]),
+        "gain": {rule: relative(cosines[rule], cosines[GRPO]) for rule in RULES if rule != GRPO},
+        "tails": {rule: behind[rule] / behind[GRPO] for rule in (TREE, HALF_WAY)},
+        "noise": {rule: noise[rule].sum() / N for rule in (TREE, HALF_WAY)},
+        "leading order": fmean(chain_ratio(path, explained) for path in sizes if path),
+        "logged": {"tails": leaf.noise_ratio(*tails), "tokens": leaf.noise_ratio(*tokens)},
+    }
+    if B > 1:  # the span from the first boundary to the second
+        result["between"] = noise[TREE][1] / noise[GRPO][1]
+        result["between, leading order"] = fmean(chain_ratio(p[:1], explained) for p in sizes)
+        return result
+    ratio = {rule: exact[rule] / exact[GRPO] for rule in (TREE, HALF_WAY)}
+    left = {rule: S + N * (1 - share * (1 - ratio[rule])) for rule in ratio}
+    result["predicted tails"] = ratio
+    result["predicted gain"] = {rule: math.sqrt((S + N) / left[rule]) - 1 for rule in ratio}
+    # LEAF without the z-score is half-way, with the first span shrunk by the root of n.
+    shrunk = math.sqrt(model.K / model.options)
+    first = signal[0] + noise[GRPO][0]
+    along = S - signal[0] + signal[0] / shrunk
+    length = math.sqrt(left[HALF_WAY] - first + first / shrunk**2)
+    result["predicted gain"]["LEAF, no z-score"] = along / S / length * math.sqrt(S + N) - 1
+    return result
+
+
+def relative(values, others) -> dict:
+    """Mean difference over the others' mean, and half the width of its 95% interval."""
+    difference = (np.array(values) - others) / fmean(others)
+    half = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+    return {"value": difference.mean(), "ci": half}
+
+
+# --------------------------------------------------------------------------------------------------
+# The identity: what shared tokens get from GA without 1 / sqrt n is what they get from GRPO
+
+
+def departure(
+    length_spread: float, ratio_spread: float, groups: int = 4000, seed: int = 0
+) -> float:
+    """How far apart the two are on the tokens before the first node: the rms of the difference over
+    GRPO's rms. Spreads are standard deviations of the logarithms of the responses' lengths, by which
+    the loss divides, and of a token's ratio, which its copies share and the loss clips at 1 +- 0.2.
+    """
+    rng = np.random.default_rng(seed)
+    model = Model()
+    totals = []
+    for _ in range(groups):
+        tokens, rewards, _ = draw(model, rng)
+        lengths = np.exp(length_spread * rng.standard_normal(model.K))
+        centred = np.array(rewards) - fmean(rewards)
+        for option in range(model.options):
+            through = tokens[:, 0] == option
+            ratio = math.exp(ratio_spread * rng.standard_normal())
+            each = centred[through]
+            total = []
+            for credit in (np.full(len(each), each.sum() / max(1, len(each))), each):
+                kept = ratio * credit <= np.clip(ratio, 0.8, 1.2) * credit  # else: no gradient
+                total.append((ratio * credit * kept / lengths[through]).sum())
+            totals.append(total)
+    ours, grpos = np.array(totals).T
+    return float(np.sqrt(np.mean((ours - grpos) ** 2) / np.mean(grpos**2)))
+
+
+# --------------------------------------------------------------------------------------------------
+# All models, the figure
+
+
+def grid() -> list[Model]:
+    """Two decisions, over K, sharing, rho, B and how peaked tails are; then three."""
+
+    def two(rho, **more):  # what decision one leaves open is half of decision two's, half luck
+        explained = rho / (1 + rho)
+        return Model(effects=(explained, (1 - explained) / 2), **more)
+
+    models = [
+        two(rho, K=K, options=M, peak=peak)
+        for K in (4, 8, 16, 32, 64)
+        for M in (2, 4, 8)
+        if M < K
+        for rho in (0.1, 0.25, 0.5, 1, 2)
+        for peak in ((0.5, 0.9) if rho in (0.1, 0.5, 2) else (0.5,))
+    ]
+    for K in (8, 32, 64):
+        models += [two(0.5, K=K, boundaries=B) for B in (2, 4)]
+        models += [Model(K=K, effects=(a, 0.3, 0.1), boundaries=2) for a in (0.1, 0.2, 0.4)]
+    return models
+
+
+def rounded(x):
+    if isinstance(x, dict):
+        return {name: rounded(value) for name, value in x.items()}
+    return round(float(x), 4) if isinstance(x, float) else x
+
+
+def show(results: list[dict]):
+    """How far prediction and measurement are apart, then every model."""
+    one = [r for r in results if "predicted tails" in r]
+    more = [r for r in results if "between" in r]
+    pairs = {
+        "tails, leave-one-out": [(r["predicted tails"][TREE], r["tails"][TREE]) for r in one],
+        "tails, half-way": [(r["predicted tails"][HALF_WAY], r["tails"][HALF_WAY]) for r in one],
+        "tails, leading order": [(r["leading order"], r["tails"][TREE]) for r in one],
+        "tails, leading order, B > 1": [(r["leading order"], r["tails"][TREE]) for r in more],
+        "between nodes, leading order": [(r["between, leading order"], r["between"]) for r in more],
+        "logged, of tails": [(r["logged"]["tails"], r["tails"][TREE]) for r in results],
+        "logged, of all tokens": [(r["logged"]["tokens"], r["noise"][TREE]) for r in results],
+    }
+    for rule in (TREE, HALF_WAY, "LEAF, no z-score"):
+        pairs[f"gain of {rule}"] = [
+            (1 + r["predicted gain"][rule], 1 + r["gain"][rule]["value"]) for r in one
+        ]
+    gains = [1 + r["gain"][TREE]["value"] for r in results]
+    tokens = [r["logged"]["tokens"] ** -0.5 for r in results]
+    pairs[f"gain of {TREE}, from all tokens"] = list(zip(tokens, gains))
+    rows = []
+    for name, values in pairs.items():
+        x, y = np.array(values).T
+        apart = abs(x - y)
+        cells = [f"{apart.mean():.3f}", f"{apart.max():.3f}", f"{np.corrcoef(x, y)[0, 1]:.3f}"]
+        rows.append([name, len(x), *cells, f"{np.mean((x < 1) == (y < 1)):.0%}"])
+    header = ["predicted against measured", "models", "mean gap", "largest", "correlation"]
+    print(table([*header, "same side of 1"], rows))
+    rows = []
+    for rule in RULES:
+        if rule != GRPO:
+            gains = [r["gain"][rule] for r in results]
+            up = sum(gain["value"] > gain["ci"] for gain in gains)
+            down = sum(-gain["value"] > gain["ci"] for gain in gains)
+            values = [gain["value"] for gain in gains]
+            logged = [[1 - r["logged"][name] for r in results] for name in ("tails", "tokens")]
+            cells = [f"{np.corrcoef(x, values)[0, 1]:.2f}" for x in logged]
+            rows.append([rule, f"{min(values):+.0%} to {max(values):+.0%}", up, down, *cells])
+    header = ["gain in cosine over GRPO", "range", "models above", "below"]
+    print(table([*header, "correlation with 1 - logged: tails", "all tokens"], rows))
+    clear = [r for r in results if abs(r["gain"][TREE]["value"]) > r["gain"][TREE]["ci"]]
+    for name in ("tails", "tokens"):
+        right = sum((r["logged"][name] < 1) == (r["gain"][TREE]["value"] > 0) for r in clear)
+        print(f"logged of {name}: the sign of {right} of {len(clear)} clear gains of {TREE}")
+
+
+def plot(results: list[dict]):
+    import matplotlib.pyplot as plt
+
+    one = [r for r in results if "predicted tails" in r]
+    more = [r for r in results if "between" in r]
+    figure, (noise, gains, logged) = plt.subplots(1, 3, figsize=(13, 4.6))
+    panels = (
+        (noise, "(a) noise behind nodes, over GRPO's", "predicted", "measured"),
+        (gains, "(b) gain in cosine over GRPO", "predicted", "measured"),
+        (logged, f"(c) gain in cosine of {TREE}", "noise ratio as logged", "measured"),
+    )
+    series = [
+        (noise, f"{TREE}, B = 1", [(r["predicted tails"][TREE], r["tails"][TREE]) for r in one]),
+        (noise, "half-way", [(r["predicted tails"][HALF_WAY], r["tails"][HALF_WAY]) for r in one]),
+        (noise, "B = 2, 4: tails", [(r["leading order"], r["tails"][TREE]) for r in more]),
+        (noise, "between nodes", [(r["between, leading order"], r["between"]) for r in more]),
+    ]
+    for rule in (TREE, HALF_WAY, "LEAF, no z-score"):
+        pairs = [(r["predicted gain"][rule], r["gain"][rule]["value"]) for r in one]
+        series.append((gains, rule, pairs))
+    for name in ("tails", "tokens"):
+        pairs = [(r["logged"][name], r["gain"][TREE]["value"]) for r in results]
+        series.append((logged, f"of {name}", pairs))
+    for axes, label, pairs in series:
+        axes.plot(*zip(*pairs), "o", markersize=3, alpha=0.7, label=label)
+    for axes, title, x, y in panels:
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in (noise, gains):
+        axes.axline(
+            (0.7 if axes is noise else 0, 0.7 if axes is noise else 0), slope=1, color="gray"
+        )
+    logged.axhline(0, color="gray")
+    logged.axvline(1, color="gray")
+    save(figure, "law")
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--plot", action="store_true", help="from what is measured already")
+    args = parser.parse_args()
+    file = RESULTS / "law.json"
+    if not args.plot:
+        models = tqdm(grid(), desc="models", disable=None)
+        machine = {"processor": processor(), "threads": 1, "numpy": np.__version__}
+        results = [rounded(measure(model)) for model in models]
+        identity = {
+            "lengths": {spread: departure(spread, 0) for spread in (0, 0.1, 0.2, 0.4)},
+            "ratio": {spread: departure(0, spread) for spread in (0.05, 0.1, 0.2)},
+        }
+        found = {"machine": machine, "identity": rounded(identity), "models": results}
+        train.write_json(file, found)
+    found = train.read_json(file)
+    results = found["models"]
+    print("departure from the identity, by spread:", found["identity"])
+    show(results)
+    plot(results)
+
+
+if __name__ == "__main__":
+    main()
