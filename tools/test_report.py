@@ -233,7 +233,7 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
     shutil.rmtree(run / "adapter")
     page = make(tmp_path / "b.html", run)
     flags = [shown["runs"][0]["facts"]["command"] for shown in (page, finished)]
-    assert flags[0].startswith("--train-rows 24 ") and "--base " not in flags[0]
+    assert flags[0].startswith("python train.py --train-rows 24 ") and "--base " not in flags[0]
     for one, other in zip(page["examples"], finished["examples"]):
         assert [model["name"] for model in one["models"]] == ["base", "step 4"]
         shown = [[model["shown"] for model in example["models"]] for example in (one, other)]
