@@ -148,6 +148,8 @@ class Config:
 
 # What a random stream is for: the second number of its seed.
 CTC_ORDER, SFT_ORDER, EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(1, 8)
+# Two metrics: what leaf.noise_ratio divides, after their means over prompts and processes.
+NOISE = ("tail_noise_at_node", "tail_noise_at_root")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,9 +290,6 @@ def train_policy(
             log.record(step, metrics, validation_bleu)
 
 
-NOISE = ("tail_noise_at_node", "tail_noise_at_root")  # what leaf.noise_ratio divides
-
-
 def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int]]:
     """This process's prompts of a step: r, r + N, ... of its rollout batch.
 
@@ -354,6 +353,7 @@ class Updater:
         self.adam = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
+        self.zero_grad()
 
     def zero_grad(self):
         """Before the forward pass: forget the last step's gradients."""
