@@ -1167,7 +1167,6 @@ def main(argv=None):
         if rank() > 0:  # only the first process writes and speaks
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
-        if rank() > 0:
             dist.barrier()  # the first process has checked the corpus, for all
         corpus = load_rows(cfg)  # checked whole before anything is written
         if rank() == 0:
@@ -1238,7 +1237,10 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         save_adapter(model, folder / "adapter", targets, base=str(base_folder))
     best = best_validation(folder / "policy.jsonl")
     if "step" in best:
-        with writing(folder / BEST), best_weights(model, folder):
+        parameters = lora_parameters(model)
+        saved = load_file(folder / "checkpoints" / "policy" / "best.safetensors")
+        values = [saved[name].to(model.device) for name in parameters]
+        with writing(folder / BEST), other_values(parameters.values(), values):
             save_adapter(model, folder / BEST, targets, base=str(base_folder))
 
     # Measure again, and show.
@@ -1276,17 +1278,17 @@ took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.
 
 
 @contextlib.contextmanager
-def best_weights(model: SpeechLM, folder: Path):
-    """A context in which LoRA is that of the best validation."""
-    parameters = lora_parameters(model)
-    last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    best = load_file(folder / "checkpoints" / "policy" / "best.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best[name])
+def other_values(parameters, values):
+    """A context in which the parameters have these values; afterwards, and after an exception,
+    their own."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values):
+            parameter.data = value
         yield
-        for name, parameter in parameters.items():
-            parameter.copy_(last[name])
+    finally:
+        for parameter, value in zip(parameters, own):
+            parameter.data = value
 
 
 def peak_memory(device: torch.device) -> float:

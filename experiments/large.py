@@ -35,7 +35,6 @@ too.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import shutil
@@ -149,19 +148,7 @@ def held(parameters: dict):
     """A reference for train.train_policy: inside, the parameters have the values that they have
     now."""
     values = [p.detach().clone() for p in parameters.values()]
-
-    @contextlib.contextmanager
-    def reference(model):
-        trained = [p.data for p in parameters.values()]
-        try:
-            for p, value in zip(parameters.values(), values):
-                p.data = value
-            yield
-        finally:
-            for p, value in zip(parameters.values(), trained):
-                p.data = value
-
-    return reference
+    return lambda model: train.other_values(parameters.values(), values)
 
 
 def watched(validate):

@@ -25,7 +25,6 @@ from statistics import fmean
 import soundfile
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import data
 import leaf
@@ -160,7 +159,7 @@ def load(cfg: train.Config, folder: Path):
     checkpoints = train.saved_steps(folder / "checkpoints" / "policy")
     if not checkpoints:
         return model, tokenizer, ""
-    tensors = load_file(checkpoints[-1] / "tensors.safetensors")
+    _, tensors = train.read_checkpoint(checkpoints[-1], lora_parameters(model))
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(tensors[f"value.{name}"])
