@@ -47,7 +47,7 @@ from tqdm import tqdm
 import data
 import leaf
 import train
-from experiments.keep import RESULTS
+from experiments.keep import RESULTS, environment
 from experiments.methods import (
     ABLATIONS,
     BASELINE,
@@ -99,8 +99,6 @@ ALSO = ABLATIONS | {HALF_WAY: METHODS[HALF_WAY]} | SCALED | OF_K
 ALL = METHODS | SCALED | OF_K
 NOISE_STEPS = 20  # the first, whose noise ratio is kept
 STAGES = ("bases", "rates", "finals", "main", "ablations")
-PHASES = 5  # of training, in which forkability is counted
-PLACES = 4  # of a response's length
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,6 +162,7 @@ def make_base(args, task: str, base: int):
         "base": base,
         "validation": train.greedy_bleu(model, tokenizer, splits["validation"], cfg),
         "test": train.evaluate(model, tokenizer, splits["test"], cfg, predictions),
+        "environment": environment(),
     }
     train.write_json(args.out / "bases" / f"{task}-base{base}.json", result)
 
@@ -187,7 +186,6 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     splits = hear(cfg, model, tokenizer, device)
     train.adapt(cfg, model)
     prepared = time.perf_counter()
-    forks = []
     noise = []
     train.train_policy(
         cfg,
@@ -196,7 +194,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         splits["train"],
         splits["validation"] if task in TASKS else None,
         folder,
-        credit=recording(trained.credit, forks, noise),
+        credit=recording(trained.credit, noise),
     )
     done = time.perf_counter()
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
@@ -212,14 +210,13 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
             line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line
         },
         "curves": {
-            name: thin([line[name] for line in lines])
-            for name in ("reward", "kl", "usable_fork_fire")
+            name: thin([line[name] for line in lines]) for name in ("reward", "kl", "noise_ratio")
         },
-        "forks": forkability(forks),
         # By leaf.tail_noise and token_noise: with the tree, without.
         "noise": np.sum(noise[: NOISE_STEPS * cfg.prompts], 0).tolist(),
         "seconds": {"preparation": prepared - began, "training": done - prepared},
         "cpu_seconds": time.process_time() - cpu,
+        "environment": environment(),
     }
     predictions = folder / "predictions.jsonl"
     if task in SETTINGS:
@@ -231,16 +228,13 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     shutil.rmtree(folder)
 
 
-def recording(rule, forks: list[list[dict]], noise: list):
-    """The credit rule, which then appends each prompt's leaf.fork_stats to forks, with the place of
-    each boundary relative to the mean length, and both measures of noise to noise."""
+def recording(rule, noise: list):
+    """The credit rule, which then appends both measures of a prompt's noise to a list, as sums with
+    the tree and without."""
 
     @functools.wraps(rule)
     def recorded(cfg, tokens, lengths, surprisal, rewards):
         advantages, boundaries = rule(cfg, tokens, lengths, surprisal, rewards)
-        report = leaf.fork_stats(tokens, lengths, rewards, boundaries)
-        length = lengths.float().mean().item()
-        forks.append([fork | {"place": fork["position"] / length} for fork in report])
         group = (tokens, lengths, surprisal, rewards, boundaries)
         noise.append([leaf.tail_noise(*group), token_noise(*group)])
         return advantages, boundaries
@@ -252,22 +246,6 @@ def thin(values: list[float], points: int = 20) -> list[float]:
     """Means of about so many equal parts of a curve."""
     size = max(1, len(values) // points)
     return [round(statistics.fmean(values[i : i + size]), 4) for i in range(0, len(values), size)]
-
-
-def forkability(forks: list[list[dict]]) -> list[dict]:
-    """leaf.fork_stats by phase of training and by place in the response; forks: one list for each
-    prompt, in order."""
-    cells = {}
-    for n, report in enumerate(forks):
-        for fork in report:
-            cell = PHASES * n // len(forks), min(PLACES - 1, int(PLACES * fork["place"]))
-            cells.setdefault(cell, []).append(fork)
-    names = "fires", "usable", "group_size", "reward_spread"
-    return [
-        {"phase": phase, "place": place, "boundaries": len(cell)}
-        | {name: round(statistics.fmean(fork[name] for fork in cell), 4) for name in names}
-        for (phase, place), cell in sorted(cells.items())
-    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,13 +457,11 @@ def report(lines: list[dict]):
         main_table(stages, runs, TASKS, METRICS),
         main_table(stages, runs, SETTINGS, REWARD_METRICS),
         ablation_table(runs),
-        fork_table(stages),
     ]
     text = "\n".join(tables)
     (RESULTS / "compare.md").write_text(text)
     print(text)
     plot_curves(stages)
-    plot_forks(stages["main"])
 
 
 def rate_table(runs: list[dict], best: dict) -> str:
@@ -565,44 +541,6 @@ def ablation_table(runs: dict) -> str:
     return table(header, rows) + "\n" + "".join(notes)
 
 
-def fork_cells(runs: list[dict], by: str) -> list[dict]:
-    """Means over runs of leaf.fork_stats, weighted by boundaries, by "phase" or "place"."""
-    cells = []
-    for value in sorted({cell[by] for r in runs for cell in r["forks"]}):
-        own = [cell for r in runs for cell in r["forks"] if cell[by] == value]
-        count = sum(cell["boundaries"] for cell in own)
-        names = "fires", "usable", "group_size", "reward_spread"
-        means = {
-            name: sum(cell[name] * cell["boundaries"] for cell in own) / count for name in names
-        }
-        cells.append({by: value, "boundaries": count} | means)
-    return cells
-
-
-def fork_table(stages: dict) -> str:
-    rows = []
-    for task in tasks_of(stages["main"]):
-        own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, "LEAF")]
-        for by, parts in (("phase", PHASES), ("place", PLACES)):
-            whole = "training" if by == "phase" else "response"
-            cells = fork_cells(own, by)
-            total = sum(cell["boundaries"] for cell in cells)
-            for c in cells:
-                rows.append(
-                    [
-                        task,
-                        f"{whole} {c[by] / parts:.0%} to {(c[by] + 1) / parts:.0%}",
-                        f"{c['boundaries'] / total:.0%}",
-                        f"{c['fires']:.2f}",
-                        f"{c['usable']:.2f}",
-                        f"{c['group_size']:.1f}",
-                        f"{100 * c['reward_spread']:.1f}",
-                    ]
-                )
-    header = ["task", "part of", "boundaries", "fork fires", "usable", "group size, or 0"]
-    return table([*header, "range x100"], rows)
-
-
 def save(figure, name: str):
     figure.tight_layout()
     for kind in ("png", "svg"):
@@ -634,31 +572,6 @@ def plot_curves(stages: dict):
     axes[0, 0].set_ylabel("validation BLEU, greedy")
     axes[0, 0].legend(fontsize=8, loc="lower right")
     save(figure, "compare")
-
-
-def plot_forks(runs: list[dict]):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), sharex="row")
-    shown = {
-        "usable": "usable fork-fire rate",
-        "group_size": "group size, or 0",
-        "reward_spread": "reward range",
-    }
-    parts_of = ("phase", PHASES, "share of training"), ("place", PLACES, "place in response")
-    for row, (by, parts, label) in zip(axes, parts_of):
-        for axis, (name, title) in zip(row, shown.items()):
-            for task in tasks_of(runs):
-                own = [r for r in runs if (r["task"], r["method"]) == (task, "LEAF")]
-                cells = fork_cells(own, by)
-                x = [(c[by] + 0.5) / parts for c in cells]
-                axis.plot(x, [c[name] for c in cells], "o-", label=task)
-            axis.set_title(title, fontsize=10)
-            axis.set_xlabel(label)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    save(figure, "forks")
 
 
 def main():

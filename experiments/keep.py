@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import shutil
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,17 +39,26 @@ def processor() -> str:
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
+def environment() -> dict:
+    """What computed here: machine, threads and versions, that of this repository too."""
+    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
+    code = subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return {
+        "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "code": code,
+    }
+
+
 def keep(run: Path, metrics: bool):
     results = json.loads((run / "results.json").read_text())
     config = results["config"]  # without the places things lay at
     kept = {k: v for k, v in config.items() if k not in ("out", "base")}
     results["config"] = kept | {"data": Path(config["data"]).name}
-    results["machine"] = {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    results["environment"] = environment()
     (RESULTS / f"{run.name}.json").write_text(json.dumps(results, indent=2) + "\n")
     if metrics:
         shutil.copy(run / "policy.jsonl", RESULTS / f"{run.name}.jsonl")
