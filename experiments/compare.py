@@ -1,8 +1,9 @@
-"""LEAF against GRPO, and LEAF against parts of itself: methods x bases x seeds, paired, resumable.
+"""LEAF against GRPO and other rules: methods x bases x seeds, paired, resumable.
 
-    python -m experiments.compare bases rates finals main ablations    # the work, below --out
-    python -m experiments.compare rates main --tasks early early-K32 late    # other rewards on qa
-    python -m experiments.compare keep report       # copy what is finished; tables, figures
+    python -m experiments.compare bases rates finals main    # the work, below --out
+    python -m experiments.compare bases rates finals main --tasks early early-K32 late
+    python -m experiments.compare confounds                  # K, the KL weight, the length of a step
+    python -m experiments.compare keep report                # copy what is finished; tables
 
 Paired runs share everything but the method: the base, the data order, the noise of the rollouts,
 LoRA's first weights and the number of sampled responses. A stage leaves a JSON per finished run;
@@ -10,19 +11,22 @@ the same command goes on with the rest.
 
     bases      a base per task and base seed; its audio embeddings are kept in files, so that a run
                starts at once
-    rates      learning rates of the main methods, on the validation split alone, with a seed that
-               no other stage uses
-    finals     the two best rates of each once more, with another such seed: what differs by less
-               than the noise
-    main       tasks x main methods x bases x seeds, each method at its own best rate of its task,
-               or all at --lr
-    ablations  on the first of --tasks, at LEAF's rate; those of GRPO at GRPO's
+    rates      learning rates of all methods, on the validation split alone, with a seed that no
+               other stage uses
+    finals     the two best rates of each once more, on other bases or with another such seed: what
+               differs by less than the noise
+    main       tasks x methods x bases x seeds, each method at its own best rate of its task, or all
+               at --lr
+    confounds  on qa: LEAF and GRPO of as long a step or as heavy a penalty, and with other K, at
+               the rates of their kind
 
-    keep       the finished runs, a line each, in experiments/results/compare.jsonl
-    report     from that file alone: compare.md, and the figures compare and forks as PNG and SVG
+    keep       the finished runs, a line each, in experiments/results/compare.jsonl, in the place of
+               those that it had of the same stage and task
+    report     from that file alone: compare.md
 
-Run processes as many as there are cores: each computes with one thread, so a result does not depend
-on how many run.
+early and late are qa under another reward: the share of the reference's first, or last, three words
+in place; what is chosen and judged by is then the mean reward. Run processes as many as there are
+cores: each computes with one thread, so a result does not depend on how many run.
 """
 
 import argparse
@@ -47,34 +51,23 @@ from tqdm import tqdm
 import data
 import leaf
 import train
-from experiments.keep import RESULTS, environment
+from experiments.common import RESULTS, environment, interval, table
 from experiments.methods import (
-    ABLATIONS,
     BASELINE,
+    CONFOUNDS,
     HALF_WAY,
-    MAIN,
     METHODS,
     NO_ROOT,
+    OURS,
+    PAPERS,
     PLAIN,
-    SCALED,
-    VARIANT,
+    first_words,
+    last_words,
     token_noise,
     with_responses,
 )
 
 TASKS = ("qa", "translation", "asterisk")
-
-
-def first_words(answer: str, row: dict) -> float:
-    """Share of the reference's first three words in place; qa's references have seven and more."""
-    return sum(a == b for a, b in zip(answer.split()[:3], row["reference"].split())) / 3
-
-
-def last_words(answer: str, row: dict) -> float:
-    """The same of the last three, counted from the end."""
-    return sum(a == b for a, b in zip(answer.split()[:-4:-1], row["reference"].split()[::-1])) / 3
-
-
 # The task qa under another reward, and K.
 SETTINGS = {"early": (first_words, 8), "early-K32": (first_words, 32), "late": (last_words, 8)}
 BLEU = data.reward
@@ -93,12 +86,11 @@ OWN = {
     "asterisk": {"ctc_steps": 1000, "sft_steps": 1000},
 }
 KS = (4, 16)  # beside the default's 8
-OF_K = {f"{name}, K={K}": with_responses(MAIN[name], K) for K in KS for name in MAIN}
-COMPARED = MAIN | VARIANT
-ALSO = ABLATIONS | {HALF_WAY: METHODS[HALF_WAY]} | SCALED | OF_K
-ALL = METHODS | SCALED | OF_K
+OF_K = {f"{name}, K={K}": with_responses(METHODS[name], K) for K in KS for name in PAPERS}
+BESIDE = CONFOUNDS | OF_K
 NOISE_STEPS = 20  # the first, whose noise ratio is kept
-STAGES = ("bases", "rates", "finals", "main", "ablations")
+MARGIN = 1.0  # point, within which we call two methods equal
+STAGES = ("bases", "rates", "finals", "main", "confounds")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,13 +107,6 @@ def config(args, task: str, base: int, **overrides) -> train.Config:
 
 def corpus_of(task: str) -> str:
     return "qa" if task in SETTINGS else task
-
-
-def compared(task: str) -> dict:
-    """The methods of the main comparison on a task."""
-    if task in SETTINGS:
-        return COMPARED | {name: METHODS[name] for name in (HALF_WAY, NO_ROOT)}
-    return COMPARED
 
 
 class Heard(data.Split):
@@ -171,7 +156,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     """Train and measure one policy; the test split is only touched where the result is reported."""
     file = run_file(args, stage, task, method, base, seed, lr)
     folder = file.with_suffix("")
-    trained = ALL[method]
+    trained = (METHODS | BESIDE)[method]
     data.reward = BLEU  # also where this process had another before
     if task in SETTINGS:
         data.reward, K = SETTINGS[task]
@@ -209,9 +194,6 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         "validation": {
             line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line
         },
-        "curves": {
-            name: thin([line[name] for line in lines]) for name in ("reward", "kl", "noise_ratio")
-        },
         # By leaf.tail_noise and token_noise: with the tree, without.
         "noise": np.sum(noise[: NOISE_STEPS * cfg.prompts], 0).tolist(),
         "seconds": {"preparation": prepared - began, "training": done - prepared},
@@ -240,12 +222,6 @@ def recording(rule, noise: list):
         return advantages, boundaries
 
     return recorded
-
-
-def thin(values: list[float], points: int = 20) -> list[float]:
-    """Means of about so many equal parts of a curve."""
-    size = max(1, len(values) // points)
-    return [round(statistics.fmean(values[i : i + size]), 4) for i in range(0, len(values), size)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,18 +260,16 @@ def best_rates(runs: list[dict], count: int) -> dict[tuple[str, str], list[float
     return {cell: best_first(by_rate)[:count] for cell, by_rate in scores.items()}
 
 
-def rate_of(task: str, method: str) -> str:
+def rate_of(method: str) -> str:
     """The method whose learning rate a method takes."""
-    if method in compared(task):
+    if method in METHODS:
         return method
-    if PLAIN in method:
-        return PLAIN
-    return BASELINE if BASELINE in method or method == "mean baseline" else "LEAF"
+    return next(name for name in (PLAIN, BASELINE, "LEAF") if name in method)
 
 
 def bases_of(stage: str, task: str) -> range:
-    """Rates are tried on all bases of the first task; for the dearer others on two, the two best on
-    the other two."""
+    """Rates are tried on all bases of the first task; for others on two, the two best on the other
+    two."""
     halves = {"rates": BASES[:2], "finals": BASES[2:]}
     return BASES if task == TASKS[0] else halves.get(stage, BASES)
 
@@ -303,27 +277,28 @@ def bases_of(stage: str, task: str) -> range:
 def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base
     before any twice."""
+    tasks = args.tasks
+    methods = METHODS
+    seeds = [RATE_SEEDS[stage]] if stage in RATE_SEEDS else SEEDS[: args.seeds]
+    if stage == "confounds":
+        tasks = TASKS[:1]
+        methods = BESIDE
     if stage == "rates":
-        rates = {(task, method): RATES[task] for task in args.tasks for method in compared(task)}
+        rates = {(task, method): RATES[task] for task in tasks for method in METHODS}
     elif stage == "finals":
         rates = best_rates(finished(args, "rates"), 2)
+    elif args.lr:
+        rates = {(task, method): [args.lr] for task in tasks for method in METHODS}
     else:
         rates = best_rates(finished(args, "rates") + finished(args, "finals"), 1)
-    if args.lr and stage not in RATE_SEEDS:
-        rates = {(task, method): [args.lr] for task in args.tasks for method in compared(task)}
-    if stage == "ablations":
-        seeds = SEEDS[: args.ablation_seeds]
-        cells = list(itertools.product(args.tasks[:1], seeds, BASES, ALSO))
-    else:
-        seeds = SEEDS if stage == "main" else [RATE_SEEDS[stage]]
-        cells = []
-        for task in args.tasks:
-            cells += itertools.product([task], seeds, bases_of(stage, task), compared(task))
+    cells = []
+    for task in tasks:
+        cells += itertools.product([task], seeds, bases_of(stage, task), methods)
     return [
         (stage, task, method, base, seed, lr)
         for task, seed, base, method in cells
         if not args.methods or method in args.methods
-        for lr in rates[task, rate_of(task, method)]
+        for lr in rates[task, rate_of(method)]
     ]
 
 
@@ -334,7 +309,7 @@ def missing(args, stage: str) -> list[tuple]:
     if rates_needed and missing(args, "rates"):
         untried = f"not all learning rates have been tried for {', '.join(args.tasks)}"
         raise data.UserError(f"{untried}: run the stage rates")
-    if stage in ("main", "ablations") and rates_needed:
+    if stage in ("main", "confounds") and rates_needed:
         if 0 < len(missing(args, "finals")) < len(plan(args, "finals")):
             begun = "the finals have begun, but are not finished"
             raise data.UserError(f"{begun}: run the stage finals")
@@ -380,53 +355,39 @@ def quiet():
 
 def keep(args):
     """All finished runs as lines of one small file; nothing that can be computed from them."""
-    runs = [r | {"stage": stage} for stage in STAGES for r in finished(args, stage)]
-    for r in runs:
+    new = [r | {"stage": stage} for stage in STAGES for r in finished(args, stage)]
+    for r in new:
         r.pop("config", None)
-        for name in ("ROUGE-L sampled", "slots, chance %", "exact match %"):
-            r.get("test", {}).pop(name, None)
-    rounded = json.loads(json.dumps(runs), parse_float=lambda x: round(float(x), 5))
-    (RESULTS / "compare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounded))
-    print(f"{len(runs)} runs in {RESULTS / 'compare.jsonl'}")
+        r["test"] = {name: r["test"][name] for name in KEPT if name in r.get("test", {})}
+    rounded = json.loads(json.dumps(new), parse_float=lambda x: round(float(x), 5))
+    replaced = {(r["stage"], r["task"]) for r in rounded}
+    kept = [r for r in read_kept() if (r["stage"], r["task"]) not in replaced]
+    (RESULTS / "compare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept + rounded))
+    print(f"{len(new)} runs are new in {RESULTS / 'compare.jsonl'}, {len(kept)} stay")
 
 
-# 97.5% quantiles of Student's t, from 1 degree of freedom
-T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+def read_kept() -> list[dict]:
+    file = RESULTS / "compare.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def student(freedom: int) -> float:
-    return T[freedom - 1] if freedom <= len(T) else 1.96
-
-
-def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
-    """Mean of the clusters' means and half the width of its 95% interval: runs of one base are not
-    independent."""
-    means = [statistics.fmean(values) for values in clusters.values()]
-    n = len(means)
-    if n < 2:
-        return statistics.fmean(means), float("inf")
-    return statistics.fmean(means), student(n - 1) * statistics.stdev(means) / n**0.5
-
-
-def paired(runs: dict[tuple, dict], task: str, one: str, other: str, metric: str) -> str:
-    """The difference of two methods over the (base, seed) that both have, as text."""
+def difference(runs: dict[tuple, dict], one: tuple, other: tuple, metric: str):
+    """Of two (task, method) over the (base, seed) that both have: the number of pairs, mean and
+    half width; None where there is no pair."""
     clusters = {}
-    for (run_task, method, base, seed), r in runs.items():
-        partner = runs.get((task, other, base, seed))
-        if (run_task, method) == (task, one) and partner:
+    for (task, method, base, seed), r in runs.items():
+        partner = runs.get((*other, base, seed))
+        if (task, method) == one and partner:
             clusters.setdefault(base, []).append(r["test"][metric] - partner["test"][metric])
-    if one == other or not clusters:
-        return ""
-    mean, half = interval(clusters)
-    return f"{mean:+.2f} ± {half:.2f}"
+    if not clusters:
+        return None
+    return sum(map(len, clusters.values())), *interval(clusters)
 
 
-def tasks_of(runs: list[dict]) -> list[str]:
-    return [task for task in TASKS if any(r["task"] == task for r in runs)]
+def verdict(mean: float, half: float) -> str:
+    if abs(mean) > half:
+        return "above" if mean > 0 else "below"
+    return f"equal within {MARGIN:g}" if abs(mean) + half < MARGIN else "open"
 
 
 def column(runs: list[dict], metric: str) -> str:
@@ -435,33 +396,20 @@ def column(runs: list[dict], metric: str) -> str:
     return f"{statistics.fmean(values):.1f} ± {spread:.1f}"
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    rows = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
-
-
 def report(lines: list[dict]):
-    """Tables to the terminal and to compare.md; figures."""
-    stages = {stage: [r for r in lines if r["stage"] == stage] for stage in STAGES}
-    tried = stages["rates"] + stages["finals"]
+    """Tables to the terminal and to compare.md."""
+    tried = [r for r in lines if r["stage"] in RATE_SEEDS]
     best = best_rates(tried, 1)
-    for r in stages["main"] + stages["ablations"]:
+    bases = [r | {"method": "base"} for r in lines if r["stage"] == "bases"]
+    trained = [r for r in lines if r["stage"] in ("main", "confounds")]
+    for r in trained:
         # Another than the best: the finals did not confirm it, or --lr asked for it.
-        chosen = best.get((r["task"], rate_of(r["task"], r["method"])), [r["lr"]])
-        if [r["lr"]] != chosen:
+        if best.get((r["task"], rate_of(r["method"])), [r["lr"]]) != [r["lr"]]:
             r["method"] += f" at {r['lr']:g}"
-    trained = stages["main"] + stages["ablations"]
-    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in trained}
-    tables = [
-        rate_table(tried, best),
-        main_table(stages, runs, TASKS, METRICS),
-        main_table(stages, runs, SETTINGS, REWARD_METRICS),
-        ablation_table(runs),
-    ]
-    text = "\n".join(tables)
+    tables = [rate_table(tried, best), score_table(bases + trained), difference_table(trained)]
+    text = "\n".join([*tables, *made_by(lines)])
     (RESULTS / "compare.md").write_text(text)
     print(text)
-    plot_curves(stages)
 
 
 def rate_table(runs: list[dict], best: dict) -> str:
@@ -475,103 +423,70 @@ def rate_table(runs: list[dict], best: dict) -> str:
             cell = ", ".join(f"{statistics.fmean(of):.1f} ({len(of)})" for of in scores if of)
             row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
-    header = ["validation (runs), of finals", "method", *(f"{lr:g}" for lr in rates)]
+    return table(["validation (runs), of finals", "method", *(f"{lr:g}" for lr in rates)], rows)
+
+
+def score_table(runs: list[dict]) -> str:
+    """Mean and standard deviation of the test split's scores, and the noise ratios, of tails and of
+    all tokens, of the first steps."""
+    rows = []
+    cells = dict.fromkeys((r["task"], r["method"]) for r in runs)
+    for task, method in sorted(cells, key=lambda cell: (*TASKS, *SETTINGS).index(cell[0])):
+        own = [r for r in runs if (r["task"], r["method"]) == (task, method)]
+        noise = [r["noise"] for r in own if "noise" in r]
+        ratios = [f"{leaf.noise_ratio(*pair):.2f}" for pair in np.sum(noise, 0)] if noise else []
+        seconds = [r["cpu_seconds"] for r in own if "cpu_seconds" in r]
+        rate = f"{own[0]['lr']:g}" if "lr" in own[0] else ""
+        scores = [column(own, metric) for metric in METRICS]
+        rows.append([task, method, rate, len(own), *scores, *(ratios or ["", ""])])
+        rows[-1].append(f"{statistics.fmean(seconds):.0f}" if seconds else "")
+    header = ["task", "method", "lr", "runs", *METRICS, "noise, tails", "all", "CPU s"]
     return table(header, rows)
 
 
-def main_table(stages: dict, runs: dict, tasks, metrics: tuple) -> str:
-    """Scores, differences, and the noise ratios, of tails and of all tokens, of the first steps."""
+def difference_table(runs: list[dict]) -> str:
+    """Paired differences in every metric, and what the one that the task is judged by says."""
+    by_key = {(r["task"], r["method"], r["base"], r["seed"]): r for r in runs}
     rows = []
-    for task in tasks:
-        bases = [r for r in stages["bases"] if r["task"] == task]
-        if bases:
-            measured = [column(bases, m) for m in metrics]
-            rows.append([task, "base", "", len(bases), *measured, *[""] * 8])
-        others = [r["method"] for r in stages["main"] if r["task"] == task]
-        for method in dict.fromkeys([*compared(task), *others]):
-            own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
-            if own:
-                differences = [paired(runs, task, method, BASELINE, m) for m in metrics]
-                differences += [paired(runs, task, method, PLAIN, m) for m in metrics[1:]]
-                noise = [r["noise"] for r in own if "noise" in r]
-                sums = np.sum(noise, 0) if noise else []
-                ratios = [f"{leaf.noise_ratio(*pair):.2f}" for pair in sums] or ["", ""]
-                seconds = f"{statistics.fmean(r['cpu_seconds'] for r in own):.0f}"
-                measured = [column(own, m) for m in metrics]
-                rate = f"{own[0]['lr']:g}"
-                rows.append(
-                    [task, method, rate, len(own), *measured, *differences, *ratios, seconds]
-                )
-    header = ["task", "method", "lr", "runs", *metrics, *(f"{m} − GRPO" for m in metrics)]
-    header += [*(f"{m} − plain" for m in metrics[1:]), "noise, tails", "all", "CPU s"]
-    notes = [
-        f"{task}: LEAF − {method}, sampled: {paired(runs, task, 'LEAF', method, metrics[1])}\n"
-        for task, method, *_ in rows
-        if " at " in method
-    ]
-    return table(header, rows) + "\n" * bool(notes) + "".join(notes)
+    for task in (*TASKS, *SETTINGS):
+        judged = JUDGED[1 if task in SETTINGS else 0]
+        for one, other in PAIRS:
+            found = {m: difference(by_key, (task, one), (task, other), m) for m in METRICS}
+            if found[judged]:
+                pairs, *said = found[judged]
+                cells = [f"{mean:+.2f} ± {half:.2f}" for _, mean, half in found.values()]
+                rows.append([task, f"{one} − {other}", pairs, *cells, verdict(*said)])
+    note = f"{len(rows)} differences in {len(METRICS)} metrics; the verdict is on {JUDGED[0]}"
+    note += f", or {JUDGED[1]} for {', '.join(SETTINGS)}\n"
+    return table(["task", "difference", "pairs", *METRICS, "verdict"], rows) + "\n" + note
 
 
-METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %"
-REWARD_METRICS = "BLEU sampled", "mean reward x100"
+def made_by(lines: list[dict]) -> list[str]:
+    """What the runs were made with, and how many."""
+    environments = [json.dumps(r["environment"]) for r in lines]
+    return [f"{environments.count(made)} runs: {made}\n" for made in dict.fromkeys(environments)]
 
 
-def ablation_table(runs: dict) -> str:
-    task = TASKS[0]
-    rows = []
-    shared = {key[2:] for key in runs if key[0] == task and key[1] in ALSO}  # bases and seeds
-    runs = {key: r for key, r in runs.items() if key[0] == task and key[2:] in shared}
-    for method in ("LEAF", BASELINE, *ALSO):
-        own = [r for key, r in runs.items() if key[:2] == (task, method)]
-        if own:
-            measured = [column(own, m) for m in METRICS[:2]]
-            others = ("LEAF", BASELINE)
-            against = [paired(runs, task, method, other, METRICS[1]) for other in others]
-            rows.append([method, f"{own[0]['lr']:g}", len(own), *measured, *against])
-    names = ("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE)
-    same_k = [(f"{one}, K={K}", f"{other}, K={K}") for K in KS for one, other in names]
-    same_k.append(("LEAF, scaled", BASELINE))
-    same_k.append(("LEAF", f"{BASELINE}, KL 0.008"))
-    notes = [
-        f"{one} − {other}, {metric}: {paired(runs, task, one, other, metric)}\n"
-        for one, other in same_k
-        for metric in METRICS[1:]
-    ]
-    header = [task, "lr", "runs", *METRICS[:2], "sampled − LEAF", "sampled − GRPO"]
-    return table(header, rows) + "\n" + "".join(notes)
-
-
-def save(figure, name: str):
-    figure.tight_layout()
-    for kind in ("png", "svg"):
-        figure.savefig(RESULTS / f"{name}.{kind}", dpi=130)
-
-
-def plot_curves(stages: dict):
-    import matplotlib.pyplot as plt  # nothing but figures needs it
-
-    tasks = tasks_of(stages["main"])
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        at_start = {r["base"]: r["validation"] for r in stages["bases"] if r["task"] == task}
-        known = {r["method"] for r in stages["main"] if r["task"] == task}
-        for method in (method for method in COMPARED if method in known):
-            own = [r for r in stages["main"] if (r["task"], r["method"]) == (task, method)]
-            steps = [0, *map(int, own[0]["validation"])]
-            curves = [[at_start[r["base"]], *r["validation"].values()] for r in own]
-            values = torch.tensor(curves)  # (runs, steps)
-            mean = values.mean(0)
-            std = values.std(0, correction=min(1, len(own) - 1))
-            (line,) = axis.plot(steps, mean, marker="o", markersize=3, label=method)
-            axis.fill_between(
-                steps, mean - std, mean + std, alpha=0.15, color=line.get_color(), linewidth=0
-            )
-        axis.set_title(f"{task}, {len(own)} runs each", fontsize=10)
-        axis.set_xlabel("steps of 64 responses")
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("validation BLEU, greedy")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
-    save(figure, "compare")
+METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %", "mean reward x100"
+JUDGED = "BLEU sampled", "mean reward x100"
+KEPT = (*METRICS, "slots heard %")
+# At other rates than their own, and at the same K, in the order of the tables.
+PAIRS = [
+    *(("LEAF", other) for other in (BASELINE, PLAIN)),
+    (PLAIN, BASELINE),
+    *((method, other) for method in (NO_ROOT, OURS, HALF_WAY) for other in (BASELINE, PLAIN)),
+    *((method, "LEAF") for method in (NO_ROOT, OURS, HALF_WAY)),
+    ("LEAF at 0.002", BASELINE),
+    ("LEAF at 0.001", BASELINE),
+    ("LEAF at 0.001", PLAIN),
+    *(("LEAF", method) for method in CONFOUNDS),
+    ("LEAF, scaled", BASELINE),
+    *(
+        (f"{one}, K={K}", f"{other}, K={K}")
+        for K in KS
+        for one, other in (("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE))
+    ),
+]
 
 
 def main():
@@ -588,7 +503,9 @@ def main():
         "--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)"
     )
     parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *SETTINGS), default=TASKS)
-    parser.add_argument("--methods", nargs="+", choices=ALL, metavar="NAME", help="only these")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS | BESIDE, metavar="NAME", help="only these"
+    )
     parser.add_argument(
         "--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made"
     )
@@ -599,18 +516,17 @@ def main():
         help="runs at a time (default: %(default)s)",
     )
     parser.add_argument(
-        "--lr", type=float, help="main or ablations at this rate instead of each method's best"
+        "--lr", type=float, help="main or confounds at this rate instead of each method's best"
     )
     parser.add_argument(
-        "--ablation-seeds", type=int, default=2, help="seeds per base for each ablation"
+        "--seeds", type=int, default=len(SEEDS), help="of each base (default: %(default)s)"
     )
     args = parser.parse_args()
     for stage in args.stages:
         if stage == "keep":
             keep(args)
         elif stage == "report":
-            lines = (RESULTS / "compare.jsonl").read_text().splitlines()
-            report([json.loads(line) for line in lines])
+            report(read_kept())
         else:
             work(args, stage)
 

@@ -12,16 +12,13 @@ and algorithm, the mean over its runs.
 
 import argparse
 import json
-import platform
 import shutil
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
+from experiments.common import RESULTS, environment
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "BLEU greedy",
     "BLEU sampled",
@@ -29,28 +26,6 @@ COLUMNS = (
     "slots heard %",
     "slots, audio swapped %",
 )
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
-
-
-def environment() -> dict:
-    """What computed here: machine, threads and versions, that of this repository too."""
-    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
-    code = subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip()
-    return {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "code": code,
-    }
 
 
 def keep(run: Path, metrics: bool):

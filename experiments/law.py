@@ -23,8 +23,7 @@ from tqdm import tqdm
 import leaf
 import train
 from experiments import methods
-from experiments.compare import save, table
-from experiments.keep import RESULTS, processor
+from experiments.common import RESULTS, save, table
 
 RESPONSES = 64  # of a batch
 BATCHES = 400
@@ -385,13 +384,13 @@ def main():
     file = RESULTS / "law.json"
     if not args.plot:
         models = tqdm(grid(), desc="models", disable=None)
-        machine = {"processor": processor(), "threads": 1, "numpy": np.__version__}
+        made = environment() | {"numpy": np.__version__}
         results = [rounded(measure(model)) for model in models]
         identity = {
             "lengths": {spread: departure(spread, 0) for spread in (0, 0.1, 0.2, 0.4)},
             "ratio": {spread: departure(0, spread) for spread in (0.05, 0.1, 0.2)},
         }
-        found = {"machine": machine, "identity": rounded(identity), "models": results}
+        found = {"environment": made, "identity": rounded(identity), "models": results}
         train.write_json(file, found)
     found = train.read_json(file)
     results = found["models"]

@@ -21,16 +21,21 @@ import leaf
 import train
 
 # --------------------------------------------------------------------------------------------------
+# Rewards other than BLEU, each decided in one part of the answer
+
+
+def first_words(answer: str, row: dict) -> float:
+    """Share of the reference's first three words in place; qa's references have seven and more."""
+    return sum(a == b for a, b in zip(answer.split()[:3], row["reference"].split())) / 3
+
+
+def last_words(answer: str, row: dict) -> float:
+    """The same of the last three, counted from the end."""
+    return sum(a == b for a, b in zip(answer.split()[:-4:-1], row["reference"].split()[::-1])) / 3
+
+
+# --------------------------------------------------------------------------------------------------
 # Boundaries that know nothing of surprisal
-
-
-def random_boundaries(lengths, fork_budget: int, generator=None, min_prefix: int = 1) -> list[int]:
-    """Positions in uniformly random order instead of by surprisal, under the same separation."""
-    first = max(1, min_prefix)
-    longest = max(int(n) for n in lengths)
-    shuffled = torch.randperm(max(0, longest - first), generator=generator) + first
-    distance = leaf.separation(lengths, fork_budget)
-    return leaf.keep_apart(shuffled.tolist(), fork_budget, distance)
 
 
 def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]:
@@ -160,30 +165,6 @@ def credit_scaled(cfg: train.Config, tokens, lengths, surprisal, rewards):
     return advantages / LENGTH, boundaries
 
 
-def credit_random_boundaries(cfg: train.Config, tokens, lengths, surprisal, rewards):
-    """LEAF at boundaries from torch's global generator, which train_policy seeds at every step."""
-    return leaf_at(random_boundaries(lengths, cfg.fork_budget), cfg, tokens, lengths, rewards)
-
-
-def credit_even_boundaries(cfg: train.Config, tokens, lengths, surprisal, rewards):
-    """LEAF at evenly spaced boundaries."""
-    return leaf_at(even_boundaries(lengths, cfg.fork_budget), cfg, tokens, lengths, rewards)
-
-
-def leaf_at(boundaries: list[int], cfg: train.Config, tokens, lengths, rewards):
-    """What a rule of LEAF's returns that has boundaries of its own."""
-    advantages = leaf.leaf_advantages(
-        tokens,
-        lengths,
-        None,
-        rewards,
-        terms=cfg.terms,
-        multiplicity=cfg.multiplicity,
-        boundaries=boundaries,
-    )
-    return advantages, boundaries
-
-
 # --------------------------------------------------------------------------------------------------
 # The methods
 
@@ -200,28 +181,22 @@ OURS = "leave-one-out"
 HALF_WAY = "half-way leave-one-out"
 NO_ROOT = "no multiplicity"
 LENGTH = 2.46  # of LEAF's gradient over that of GRPO with the floor, as experiments.credit has it
-MAIN = {
+PAPERS = {
     "LEAF": Method({}),
     BASELINE: Method({"algo": "grpo"}),
     PLAIN: Method({"algo": "grpo", "std_floor": 0.0}),
 }
-VARIANT = {OURS: Method({}, credit_leave_one_out)}
-ABLATIONS = {
-    "mean baseline": Method({"algo": "grpo", "std_floor": 1.0}),
-    "GA only": Method({"terms": "global"}),
-    "LA only": Method({"terms": "local"}),
+METHODS = PAPERS | {
     NO_ROOT: Method({"multiplicity": False}),
-    "random boundaries": Method({}, credit_random_boundaries),
-    "even boundaries": Method({}, credit_even_boundaries),
-    "B=1": Method({"fork_budget": 1}),
-    "B=4": Method({"fork_budget": 4}),
-    "B=8": Method({"fork_budget": 8}),
+    OURS: Method({}, credit_leave_one_out),
+    HALF_WAY: Method({}, credit_half_way),
 }
-SCALED = {
+# What else sets LEAF apart from GRPO with the floor: its gradient is LENGTH times as long, so the
+# same KL weight is a lighter penalty.
+CONFOUNDS = {
     f"{BASELINE}, KL 0.008": Method({"algo": "grpo", "kl_coef": 0.008}),  # 0.02 / LENGTH
     "LEAF, scaled": Method({}, credit_scaled),
 }
-METHODS = MAIN | VARIANT | {HALF_WAY: Method({}, credit_half_way)} | ABLATIONS
 
 
 def with_responses(method: Method, K: int, sampled: int = 64) -> Method:

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import types
-from statistics import fmean
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import data
 import leaf
 import train
 from data import UserError
-from experiments import compare, credit, gpu, large, law, methods
+from experiments import common, compare, credit, gpu, large, law, methods
 from model import Rollout
 from test_leaf import EOS, pad_responses, random_group, read_json_lines, seeded, values_left_out
 
@@ -114,34 +113,6 @@ def test_token_noise_is_the_gradient_of_the_logits():
         assert got == pytest.approx(tuple(want), rel=1e-6, abs=1e-12)
 
 
-def test_random_boundaries_keep_the_separation_and_are_uniform():
-    """Candidates, D and budget of the paper's step 2; fewer than B only when no candidate is
-    left; seeded."""
-    rng = random.Random(5)
-    g = torch.Generator().manual_seed(0)
-    before = torch.random.get_rng_state()
-    for _ in range(300):
-        lengths = [rng.randint(0, 20) for _ in range(rng.randint(1, 8))]
-        B = rng.randint(0, 4)
-        m = rng.randint(0, 4)
-        got = methods.random_boundaries(torch.tensor(lengths), B, g, min_prefix=m)
-        D = max(2, min(lengths) // (B + 1))
-        allowed = range(max(1, m), max(lengths))
-        assert len(got) <= B
-        assert set(got) <= set(allowed)
-        assert all(b - a >= D for a, b in zip(got, got[1:]))
-        assert len(got) == B or all(any(abs(t - k) < D for k in got) for t in allowed)
-    lengths = torch.tensor([90, 99])
-    a = methods.random_boundaries(lengths, 2, torch.Generator().manual_seed(1))
-    b = methods.random_boundaries(lengths, 2, torch.Generator().manual_seed(1))
-    assert a == b
-    assert torch.equal(before, torch.random.get_rng_state())  # only the generator handed in is used
-    lengths = torch.tensor([11, 11])
-    chosen = [methods.random_boundaries(lengths, 1, g)[0] for _ in range(3000)]
-    count = np.bincount(chosen, minlength=11)
-    assert count[0] == 0 and np.abs(count[1:] - 300).max() < 5 * math.sqrt(3000 * 0.1 * 0.9)
-
-
 def test_even_boundaries_by_hand():
     for lengths, B, m, want in (
         ([9, 12], 2, 1, [3, 6]),
@@ -237,9 +208,25 @@ def test_intervals_are_students_over_bases():
         log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
         density = math.exp(log_scale) * (1 + x**2 / df) ** (-(df + 1) / 2)
         assert 0.5 + torch.trapezoid(density, x).item() == pytest.approx(0.975, abs=3e-5)
-    assert compare.student(3) == compare.T[2] and compare.student(31) == 1.96
-    mean, half = compare.interval({0: [1.0] * 10, 1: [2.0], 2: [2.5, 3.5], 3: [4.0]})
-    assert (mean, half) == pytest.approx((2.5, compare.student(3) * math.sqrt(5 / 3) / 2))
+    assert common.student(3) == common.T[2] and common.student(31) == 1.96
+    mean, half = common.interval({0: [1.0] * 10, 1: [2.0], 2: [2.5, 3.5], 3: [4.0]})
+    assert (mean, half) == pytest.approx((2.5, common.student(3) * math.sqrt(5 / 3) / 2))
+
+
+def test_intervals_are_over_seeds_where_bases_agree_by_luck():
+    """The wider of the two; of one base only seeds can tell, of one run nothing."""
+    _, half = common.interval({0: [1.0, 5.0], 1: [2.0, 4.0]})
+    # Squares of 2, 2, 1 and 1 about their bases' means, with 2 degrees of freedom, over 4 runs.
+    assert half == pytest.approx(common.student(2) * math.sqrt(10 / 2 / 4))
+    _, half = common.interval({0: [1.0, 2.0, 3.0]})
+    assert half == pytest.approx(common.student(2) / math.sqrt(3))
+    assert common.interval({0: [1.0]}) == (1.0, math.inf)
+
+
+def test_a_difference_is_called_equal_only_within_the_margin():
+    assert compare.verdict(1.5, 1.4) == "above" and compare.verdict(-0.2, 0.1) == "below"
+    assert compare.verdict(0.2, 0.7) == "equal within 1"
+    assert compare.verdict(0.4, 0.7) == compare.verdict(0.0, 1.0) == "open"
 
 
 def a_result(method, base, seed, score, stage="main", **more):
@@ -259,9 +246,11 @@ def test_differences_are_paired_by_base_and_seed():
     lines.append(a_result("LEAF", 0, 77, 1e6))  # without a partner
     rng.shuffle(lines)
     runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in lines}
-    half = compare.student(3) * math.sqrt(5 / 3) / 2
-    found = compare.paired(runs, "qa", "LEAF", compare.BASELINE, compare.METRICS[0])
-    assert found == f"+3.50 ± {half:.2f}"
+    half = common.student(3) * math.sqrt(5 / 3) / 2
+    methods_ = ("qa", "LEAF"), ("qa", compare.BASELINE)
+    pairs, *found = compare.difference(runs, *methods_, compare.METRICS[0])
+    assert pairs == 20 and found == pytest.approx([3.5, half])
+    assert compare.difference(runs, ("qa", "LEAF"), ("late", "LEAF"), compare.METRICS[0]) is None
 
 
 def test_the_best_rate_is_the_best_mean_at_the_end():
@@ -274,22 +263,6 @@ def test_the_best_rate_is_the_best_mean_at_the_end():
     assert compare.best_rates(runs, 2) == {("qa", "LEAF"): [2e-3, 1e-3]}
     runs += [runs[0], runs[1]]  # run again, as the two best are: a rate tried less often is out
     assert compare.best_rates(runs, 1) == {("qa", "LEAF"): [1e-3]}
-
-
-def test_forks_are_counted_by_phase_and_place():
-    rng = random.Random(1)
-
-    def random_fork():
-        known = {"usable": False, "group_size": 3, "reward_spread": 0.5}
-        return {"place": rng.random() * 1.2, "fires": rng.random() < 0.5, **known}
-
-    forks = [[random_fork() for _ in range(rng.randint(0, 3))] for _ in range(200)]
-    cells = {(c["phase"], c["place"]): c for c in compare.forkability(forks)}
-    assert sum(c["boundaries"] for c in cells.values()) == sum(map(len, forks))
-    # Phase 2 of 5, place 1 of 4.
-    third = [f for report in forks[80:120] for f in report if 0.25 <= f["place"] < 0.5]
-    assert cells[2, 1]["boundaries"] == len(third)
-    assert cells[2, 1]["fires"] == pytest.approx(fmean(f["fires"] for f in third), abs=1e-4)
 
 
 TINY = dict(
@@ -312,7 +285,7 @@ TINY = dict(
 
 def arguments(**given):
     """Of compare's command line, as far as it is read."""
-    defaults = dict(corpus=None, ablation_seeds=1, lr=None, methods=None)
+    defaults = dict(corpus=None, seeds=5, lr=None, methods=None)
     return types.SimpleNamespace(**defaults | given)
 
 
@@ -332,32 +305,40 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
         for stage in ("rates", "finals"):
             for job in compare.plan(args, stage):
                 compare.run(args, *job)
-    assert len(compare.finished(args, "rates")) == 2 * len(compare.COMPARED)
-    assert len(compare.finished(args, "finals")) == 2 * len(compare.COMPARED)
+    assert len(compare.finished(args, "rates")) == 2 * len(methods.METHODS)
+    assert len(compare.finished(args, "finals")) == 2 * len(methods.METHODS)
     final = next((tmp_path / "finals").glob("*.json"))
     final.rename(tmp_path / "away")
     with pytest.raises(UserError, match="run the stage finals"):
         compare.missing(args, "main")
     (tmp_path / "away").rename(final)
     jobs = [job for job in compare.missing(args, "main") if job[4] == 3]
-    assert [job[2] for job in jobs] == list(compare.COMPARED)
+    assert [job[2] for job in jobs] == list(methods.METHODS)
     asked = compare.plan(arguments(out=tmp_path, tasks=["qa"], lr=5e-4), "main")
     assert asked == [(*job[:-1], 5e-4) for job in compare.plan(args, "main")]
-    some = compare.plan(arguments(out=tmp_path, tasks=["qa"], methods=["B=4"]), "ablations")
-    assert {job[2] for job in some} == {"B=4"} and len(some) == 1
+    some = arguments(out=tmp_path, tasks=["early"], methods=["LEAF, K=4"], seeds=2)
+    assert {job[1:3] for job in compare.plan(some, "confounds")} == {("qa", "LEAF, K=4")}
+    assert [job[4] for job in compare.plan(some, "confounds")] == [0, 1]
     for job in jobs:
         compare.run(args, *job)
     runs = compare.finished(args, "main")
-    assert {r["method"] for r in runs} == set(compare.COMPARED)
+    assert {r["method"] for r in runs} == set(methods.METHODS)
     assert all("BLEU greedy" in r["test"] for r in runs)
-    assert len({r["curves"]["reward"][0] for r in runs}) == 1  # before any update
+    assert {r["environment"]["torch"] for r in runs} == {torch.__version__}
     assert [f.name for f in (tmp_path / "main").iterdir() if f.is_dir()] == []
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     compare.keep(args)
-    compare.report(read_json_lines(tmp_path / "compare.jsonl"))
-    made = {f"{name}.{kind}" for name in ("compare", "forks") for kind in ("png", "svg")}
-    assert made <= {f.name for f in tmp_path.iterdir()}
-    assert "| qa | LEAF |" in (tmp_path / "compare.md").read_text()
+    other = a_result("LEAF", 0, 0, 1.0) | {"task": "translation", "environment": {"code": "old"}}
+    with open(tmp_path / "compare.jsonl", "a") as file:
+        file.write(json.dumps(other) + "\n" + json.dumps(other | {"task": "qa"}) + "\n")
+    compare.keep(args)  # what these runs do not replace stays
+    lines = read_json_lines(tmp_path / "compare.jsonl")
+    assert [r["task"] for r in lines].count("translation") == 1
+    assert sum(r["stage"] == "main" and r["task"] == "qa" for r in lines) == len(jobs)
+    compare.report(lines)
+    told = (tmp_path / "compare.md").read_text()
+    assert "| qa | LEAF |" in told and f"| qa | LEAF − {compare.BASELINE} | 1 |" in told
+    assert '1 runs: {"code": "old"}' in told
 
 
 def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
@@ -374,7 +355,7 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
     args = arguments(out=tmp_path, tasks=["early-K32", "qa"], lr=1e-3)
     compare.make_base(args, "qa", 0)
     jobs = [job for job in compare.plan(args, "main") if job[4] == 0]
-    assert len(jobs) == 6 + len(compare.COMPARED)
+    assert len(jobs) == 2 * len(methods.METHODS)
     wanted = {"early-K32": compare.HALF_WAY, "qa": "LEAF"}
     seen = {}
     for job in jobs:
@@ -387,17 +368,14 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
     assert (early["config"]["responses"], early["config"]["prompts"]) == (32, 2)
     assert list(early["validation"]) == ["4"] and "mean reward x100" in early["test"]
     assert np.shape(early["noise"]) == np.shape(found["qa"]["noise"]) == (2, 2)
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    stages = {"main": [early], "bases": []}
-    table = compare.main_table(stages, {}, compare.SETTINGS, compare.REWARD_METRICS)
-    assert f"| early-K32 | {compare.HALF_WAY} |" in table
+    assert f"| early-K32 | {compare.HALF_WAY} |" in compare.score_table(list(found.values()))
 
 
 def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
     """And gives credit that differs from all others' on rollouts where it can."""
     rng = random.Random(2)
     seen = set()
-    for name, method in compare.ALL.items():
+    for name, method in (methods.METHODS | compare.BESIDE).items():
         cfg = train.Config(**method.flags)
         assert cfg.prompts * cfg.responses == 64 and cfg.prompts == 2 * cfg.update_prompts, name
         rng.seed(2)
@@ -411,7 +389,8 @@ def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
         assert advantages.shape == tokens.shape and all(type(b) is int for b in boundaries)
         if ", K" not in name:
             seen.add(tuple(advantages.flatten().tolist()))
-    assert len(seen) == len({*compare.METHODS, "LEAF, scaled"})
+    # A heavier penalty is no other credit.
+    assert len(seen) == len(methods.METHODS | methods.CONFOUNDS) - 1
 
 
 def test_the_microscopes_statistics_are_those_of_all_pairs():
@@ -485,11 +464,11 @@ def test_a_fully_trained_model_has_its_own_past_as_reference():
 def test_intervals_of_one_base_are_over_seeds_and_of_several_over_bases():
     one = large.interval({(0, seed): float(seed) for seed in range(3)})
     assert (one["mean"], one["units"]) == (1, 3)
-    assert one["half_width_95"] == pytest.approx(compare.student(2) / 3**0.5)
+    assert one["half_width_95"] == pytest.approx(common.student(2) / 3**0.5)
     cells = itertools.product(range(2), range(3))
     several = large.interval({(base, seed): base + 10.0 * seed for base, seed in cells})
     assert (several["mean"], several["units"]) == (10.5, 2)
-    assert several["half_width_95"] == pytest.approx(compare.student(1) * 0.5)
+    assert several["half_width_95"] == pytest.approx(common.student(1) * 0.5)
 
 
 def test_gpu_measures_what_is_missing(tmp_path):
