@@ -69,5 +69,6 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def save(figure, name: str):
+    figure.tight_layout()
     for kind in ("png", "svg"):
         figure.savefig(RESULTS / f"{name}.{kind}", dpi=130)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import leaf
 import train
 from experiments import methods
-from experiments.common import RESULTS, save, table
+from experiments.common import RESULTS, environment, save, table
 
 RESPONSES = 64  # of a batch
 BATCHES = 400
