@@ -85,8 +85,10 @@ OWN = {
     "translation": {"ctc_steps": 240},
     "asterisk": {"ctc_steps": 1000, "sft_steps": 1000},
 }
-KS = (4, 16)  # beside the default's 8
-OF_K = {f"{name}, K={K}": with_responses(METHODS[name], K) for K in KS for name in PAPERS}
+KS = (4, 8, 16)
+OF_K = {
+    f"{name}, K={K}": with_responses(METHODS[name], K) for K in KS for name in (*PAPERS, HALF_WAY)
+}
 BESIDE = CONFOUNDS | OF_K
 NOISE_STEPS = 20  # the first, whose noise ratio is kept
 MARGIN = 1.0  # point, within which we call two methods equal
@@ -264,7 +266,7 @@ def rate_of(method: str) -> str:
     """The method whose learning rate a method takes."""
     if method in METHODS:
         return method
-    return next(name for name in (PLAIN, BASELINE, "LEAF") if name in method)
+    return next(name for name in (HALF_WAY, PLAIN, BASELINE, "LEAF") if name in method)
 
 
 def bases_of(stage: str, task: str) -> range:
@@ -476,15 +478,18 @@ PAIRS = [
     (PLAIN, BASELINE),
     *((method, other) for method in (NO_ROOT, OURS, HALF_WAY) for other in (BASELINE, PLAIN)),
     *((method, "LEAF") for method in (NO_ROOT, OURS, HALF_WAY)),
-    ("LEAF at 0.002", BASELINE),
+    ("LEAF", f"{BASELINE} at 0.002"),
     ("LEAF at 0.001", BASELINE),
     ("LEAF at 0.001", PLAIN),
-    *(("LEAF", method) for method in CONFOUNDS),
-    ("LEAF, scaled", BASELINE),
+    *(("LEAF, K=8", method) for method in CONFOUNDS),
+    ("LEAF, scaled", f"{BASELINE}, K=8"),
     *(
         (f"{one}, K={K}", f"{other}, K={K}")
         for K in KS
-        for one, other in (("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE))
+        for one, other in (
+            *(("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE)),
+            *((HALF_WAY, BASELINE), (HALF_WAY, PLAIN)),
+        )
     ),
 ]
 
