@@ -350,6 +350,7 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
         found = compare.first_words(answer, row), compare.last_words(answer, row)
         assert found == pytest.approx(wanted)
     monkeypatch.setattr(compare, "RUN", TINY)
+    monkeypatch.setattr(compare, "SHORT", {"steps": 2})
     monkeypatch.setattr(compare, "BASES", range(1))
     monkeypatch.setattr(data, "reward", data.reward)  # put back afterwards
     args = arguments(out=tmp_path, tasks=["early-K32", "qa"], lr=1e-3)
@@ -366,7 +367,7 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
     found = {r["task"]: r for r in compare.finished(args, "main")}
     early = found["early-K32"]
     assert (early["config"]["responses"], early["config"]["prompts"]) == (32, 2)
-    assert list(early["validation"]) == ["4"] and "mean reward x100" in early["test"]
+    assert list(early["validation"]) == ["2"] and "mean reward x100" in early["test"]
     assert np.shape(early["noise"]) == np.shape(found["qa"]["noise"]) == (2, 2)
     assert f"| early-K32 | {compare.HALF_WAY} |" in compare.score_table(list(found.values()))
 
