@@ -180,15 +180,10 @@ def train_policy(
     validation: data.Split | None,
     folder: Path,
     credit=credit,
-    parameters=None,
-    reference=lora_disabled,
 ):
-    """Train LoRA, or the named `parameters`, by LEAF or GRPO.
-
-    credit: the rule, a named function of the form of `credit` above. reference(model): a context
-    in which the model is what the KL is measured to; to be given where parameters are not LoRA's.
-    """
-    parameters = parameters or lora_parameters(model)
+    """Train LoRA by LEAF or GRPO; credit: the rule, a named function of the form of `credit`
+    above."""
+    parameters = lora_parameters(model)
     updater = Updater(parameters.values(), cfg.grad_clip)
     updates = cfg.prompts // cfg.update_prompts  # per step
     own_prompts = cfg.update_prompts // world()  # of an update: those of this process
@@ -234,7 +229,7 @@ def train_policy(
 
             # Reference: log-probabilities under the base, of what was sampled.
             trees = [PrefixTree(*group) for group in zip(on_host.tokens, on_host.lengths)]
-            with reference(model):
+            with lora_disabled(model):
                 ref_logp = score(cfg, model, train, indices, trees)
             old_logp = rollout.logp
             if cfg.rescore:  # still without dropout

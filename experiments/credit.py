@@ -39,7 +39,7 @@ import data
 import leaf
 import train
 from experiments.compare import student
-from experiments.keep import RESULTS
+from experiments.common import RESULTS
 from experiments.methods import (
     BASELINE,
     METHODS,

@@ -9,13 +9,12 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 
 import data
 import leaf
 import train
 from data import UserError
-from experiments import common, compare, credit, gpu, large, law, methods
+from experiments import bench, common, compare, credit, footprint, gpu, law, methods
 from model import Rollout
 from test_leaf import EOS, pad_responses, random_group, read_json_lines, seeded, values_left_out
 
@@ -444,54 +443,81 @@ def test_the_microscope_weighs_tokens_as_the_loss_does():
     assert torch.equal(summed, rollout.mask / 6)
 
 
-def test_a_fully_trained_model_has_its_own_past_as_reference():
-    """Inside, the values of when it was made; outside, the trained ones in the same storage,
-    whatever happened."""
-    model = nn.Linear(3, 2)
-    parameters = dict(model.named_parameters())
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    reference = large.held(parameters)
+# --------------------------------------------------------------------------------------------------
+# bench, footprint, gpu
+
+
+def test_the_three_sides_of_the_benchmark_compute_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(bench, "DTYPE", torch.float32)
+    bench.prepare("compact", bench.Workload(2, 2, 3, 1, 4, 1, 2), tmp_path)
+    # As in the shape "default": recordings of different lengths, and a response that ended.
+    case = torch.load(tmp_path / "case.pt")
+    case["mels"][0] = case["mels"][0][:20]
+    case["mask"][0, 0, 2] = False
+    torch.save(case, tmp_path / "case.pt")
+    ours = bench.load_side("ours", tmp_path)
+    ours.hear()
+    ours.reference()
+    case["logp"] = ours.logp(slice(None)).detach()
+    torch.save(case, tmp_path / "case.pt")
+    sides = {name: bench.load_side(name, tmp_path) for name in bench.SIDES}
+    proof = bench.prove(sides)
+    assert max(max(gaps.values()) for gaps in proof.values()) < 1e-5
     with torch.no_grad():
-        for p in parameters.values():
-            p.add_(1)
-    storage = [p.data_ptr() for p in parameters.values()]
-    with pytest.raises(ZeroDivisionError), reference(model):
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-        raise ZeroDivisionError
-    assert [p.data_ptr() for p in parameters.values()] == storage
-    assert all(torch.equal(p, before[name] + 1) for name, p in model.named_parameters())
+        sides["tuned"].adapters[0].add_(0.1)
+    with pytest.raises(SystemExit, match="tuned does not compute what ours does"):
+        bench.prove(sides)
+    for side in sides.values():
+        seconds = side.step()
+        assert seconds["step"] == pytest.approx(sum(seconds[part] for part in bench.PARTS))
 
 
-def test_intervals_of_one_base_are_over_seeds_and_of_several_over_bases():
-    one = large.interval({(0, seed): float(seed) for seed in range(3)})
-    assert (one["mean"], one["units"]) == (1, 3)
-    assert one["half_width_95"] == pytest.approx(common.student(2) / 3**0.5)
-    cells = itertools.product(range(2), range(3))
-    several = large.interval({(base, seed): base + 10.0 * seed for base, seed in cells})
-    assert (several["mean"], several["units"]) == (10.5, 2)
-    assert several["half_width_95"] == pytest.approx(common.student(1) * 0.5)
+def test_the_meter_counts_what_is_alive():
+    with footprint.Meter() as meter:
+        x = torch.ones(1000)
+        y = x * 2
+        first = y[:10]  # no memory of its own
+        del x, y
+        z = torch.ones(500, dtype=torch.bfloat16)
+    assert (meter.peak, meter.live) == (8000, 5000)
+    del first, z
+    assert meter.live == 0
+
+
+def test_the_footprint_grows_with_what_is_sampled():
+    found = {}
+    for tokens in (4, 40):
+        work = bench.Workload(2, 2, tokens, 1, 4, 1, 2)
+        found[tokens] = footprint.compute(bench.COMPACT, work)
+        weights = 2 * found[tokens]["parameters"] / 1e9
+        assert weights < found[tokens]["sampling_gb"] < weights + 0.1
+    cache = 2 * 2 * 4 * 2 * 32 * (2 * 2 * 36) / 1e9  # bf16; keys, values; layers, heads, width
+    growth = found[40]["sampling_gb"] - found[4]["sampling_gb"]
+    assert growth == pytest.approx(cache, rel=0.5)
+    assert found[40]["update_gb"] > found[4]["update_gb"]
 
 
 def test_gpu_measures_what_is_missing(tmp_path):
     """Parts that are there are not measured again; what does not fit is noted."""
     calls = []
 
-    def fits(device, runs):
-        calls.append(runs)
+    def fits():
+        calls.append("fits")
         return {"seconds": 1.0}
 
-    def too_large(device, runs):
+    def too_large():
         raise torch.OutOfMemoryError("1 GB")
 
-    def stopped(device, runs):
+    def stopped():
         raise KeyboardInterrupt
 
     file = tmp_path / "gpu.json"
     parts = {"small": fits, "large": too_large, "last": stopped}
     with pytest.raises(KeyboardInterrupt):
-        gpu.measure_parts(parts, "cpu", tmp_path, file)
-    gpu.measure_parts(parts | {"last": fits}, "cpu", tmp_path, file)
+        gpu.measure_parts(parts, file)
+    gpu.measure_parts(parts | {"last": fits}, file)
     found = json.loads(file.read_text())
-    assert calls == [tmp_path] * 2 and found["large"] == "out of memory"
+    assert calls == ["fits"] * 2 and found["large"] == "out of memory"
     assert found["small"] == found["last"] == {"seconds": 1.0}
-    assert found["machine"]["torch"] == torch.__version__
+    assert found["environment"]["torch"] == torch.__version__
