@@ -58,22 +58,13 @@ from experiments.methods import (
     PLAIN,
     SCALED,
     VARIANT,
+    first_words,
+    last_words,
     token_noise,
     with_responses,
 )
 
 TASKS = ("qa", "translation", "asterisk")
-
-
-def first_words(answer: str, row: dict) -> float:
-    """Share of the reference's first three words in place; qa's references have seven and more."""
-    return sum(a == b for a, b in zip(answer.split()[:3], row["reference"].split())) / 3
-
-
-def last_words(answer: str, row: dict) -> float:
-    """The same of the last three, counted from the end."""
-    return sum(a == b for a, b in zip(answer.split()[:-4:-1], row["reference"].split()[::-1])) / 3
-
 
 # The task qa under another reward, and K.
 SETTINGS = {"early": (first_words, 8), "early-K32": (first_words, 32), "late": (last_words, 8)}

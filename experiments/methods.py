@@ -185,6 +185,20 @@ def leaf_at(boundaries: list[int], cfg: train.Config, tokens, lengths, rewards):
 
 
 # --------------------------------------------------------------------------------------------------
+# Rewards other than BLEU, which the experiments train and measure with
+
+
+def first_words(answer: str, row: dict) -> float:
+    """Share of the reference's first three words in place; qa's references have seven and more."""
+    return sum(a == b for a, b in zip(answer.split()[:3], row["reference"].split())) / 3
+
+
+def last_words(answer: str, row: dict) -> float:
+    """The same of the last three, counted from the end."""
+    return sum(a == b for a, b in zip(answer.split()[:-4:-1], row["reference"].split()[::-1])) / 3
+
+
+# --------------------------------------------------------------------------------------------------
 # The methods
 
 
