@@ -5,6 +5,7 @@ import json
 import math
 import random
 import types
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -15,8 +16,18 @@ import leaf
 import train
 from data import UserError
 from experiments import bench, common, compare, credit, footprint, gpu, law, methods
-from model import Rollout
-from test_leaf import EOS, pad_responses, random_group, read_json_lines, seeded, values_left_out
+from model import PrefixTree, Prompts
+from test_leaf import (
+    EOS,
+    make_model,
+    make_prompts,
+    pad_responses,
+    random_group,
+    read_json_lines,
+    seeded,
+    shake_lora,
+    values_left_out,
+)
 
 __all__ = ["seeded"]  # a fixture that every test here uses
 
@@ -393,54 +404,176 @@ def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
     assert len(seen) == len(methods.METHODS | methods.CONFOUNDS) - 1
 
 
-def test_the_microscopes_statistics_are_those_of_all_pairs():
-    """SNR and the mean gradient's cosine from sums over blocks, against every pair of batches
-    written out."""
+# --------------------------------------------------------------------------------------------------
+# credit
+
+
+@pytest.fixture
+def microscope(monkeypatch):
+    """A policy so small that all of its responses can be written out: two prompts, two tokens."""
+    model = make_model()
+    shake_lora(model)
+    prompts = make_prompts([3, 5])
+    split = types.SimpleNamespace(
+        rows=[{"least": 7}, {"least": 14}],
+        tokenizer=types.SimpleNamespace(eos_id=EOS, decode=lambda ids: " ".join(map(str, ids))),
+        prompts=lambda model, rows: Prompts(prompts.x[rows], prompts.valid[rows]),
+    )
+    rewards = [
+        lambda text, row: float(int(text.split()[0]) >= row["least"]),
+        lambda text, row: float(int(text.split()[-1]) >= row["least"]),
+        lambda text, row: len(text.split()) / 2,
+    ]
+    monkeypatch.setattr(credit, "BASIS", rewards)
+    monkeypatch.setattr(credit, "ROWS", 2)
+    monkeypatch.setattr(credit, "RESPONSES", 8)
+    monkeypatch.setattr(credit, "BATCHES", 4)
+    monkeypatch.setattr(credit, "BLOCKS", 2)
+    return credit.Policy(model, split, train.Config(max_new_tokens=2))
+
+
+def adapters(policy):
+    return [p for name, p in policy.model.named_parameters() if "lora_B" in name]
+
+
+def test_the_true_gradient_is_that_of_all_responses(microscope, monkeypatch, tmp_path):
+    """Each with its probability, against the mean of many rollouts, which are kept in two halves."""
+    model, split = microscope.model, microscope.split
+    vocab = range(model.config.text_config.vocab_size)
+    responses = [[EOS]] + [[a, b] for a in vocab if a != EOS for b in vocab]
+    tokens, lengths = pad_responses(responses)
+    expected = 0
+    for row in range(2):
+        logp = model.response_logp(split.prompts(model, [row]), [PrefixTree(tokens, lengths)])
+        chance = logp[0].sum(1).exp()
+        assert chance.sum().item() == pytest.approx(1, abs=1e-4)
+        texts = [split.tokenizer.decode(o) for o in responses]
+        rewards = [[reward(text, split.rows[row]) for text in texts] for reward in credit.BASIS]
+        expected += torch.tensor(rewards) @ chance / 2  # (3,)
+    truth = [torch.autograd.grad(x, adapters(microscope), retain_graph=True) for x in expected]
+    truth = torch.stack([torch.cat([g.flatten() for g in of_reward]) for of_reward in truth])
+
+    monkeypatch.setattr(credit, "TRUTH_PASSES", 80)
+    monkeypatch.setattr(credit, "TRUTH_P", 40)
+    found = credit.true_gradients(microscope, tmp_path)
+    halves = [torch.load(tmp_path / f"truth-{half}.pt") for half in range(2)]
+    assert torch.equal(found, torch.stack([credit.MIX @ half for half in halves]))
+    assert not torch.equal(*halves)
+    truth = credit.MIX @ truth
+    assert ((found.mean(0) - truth).norm(dim=1) < 0.3 * truth.norm(dim=1)).all()
+
+    rolled = []
+    roll = credit.roll
+    monkeypatch.setattr(credit, "roll", lambda *a, **k: rolled.append(a[3]) or roll(*a, **k))
+    (tmp_path / "truth-1.pt").unlink()
+    assert torch.equal(credit.true_gradients(microscope, tmp_path), found)
+    assert set(rolled) == {1}  # the half that was missing
+
+
+def test_batches_are_measured_for_every_rule_as_the_loss_weighs_it(microscope, monkeypatch):
+    """Cosines and noise of every rule, tree and reward against the gradient of the trainer's loss
+    at ratio 1, which knows neither the basis nor half-way's parts."""
+    rewards = {"a quarter": (0.25, 0.75, 0.0), "third": (0.0, 0.0, 1.0)}
+    monkeypatch.setattr(credit, "REWARDS", rewards)
+    monkeypatch.setattr(credit, "MIX", torch.tensor(list(rewards.values())))
+    truth = torch.randn(2, len(credit.REWARDS), sum(p.numel() for p in adapters(microscope)))
+    measured = credit.measure(microscope, 4, truth)
+    rng = np.random.default_rng([credit.SEED, 4])
+    found = []
+    for n in range(credit.BATCHES):
+        indices = rng.integers(2, size=2).tolist()
+        batch = credit.roll(microscope, indices, n, stream=4, K=4, top_p=0.9)
+        rollout = batch.rollout
+        trees = [PrefixTree(*group) for group in zip(rollout.tokens, rollout.lengths)]
+        logp = microscope.model.response_logp(batch.prompts, trees)
+        for rule, (where, B) in credit.COLUMNS:
+            for weights in credit.REWARDS.values():
+                advantages = torch.zeros(logp.shape)
+                for p in range(2):
+                    tokens, lengths = rollout.tokens[p], rollout.lengths[p]
+                    rewards = sum(w * r for w, r in zip(weights, batch.rewards[:, p])).tolist()
+                    bounds = leaf.select_boundaries(-rollout.logq[p], lengths, B)
+                    if where == "even":
+                        bounds = methods.even_boundaries(lengths, B)
+                    group = (tokens, lengths, rewards, bounds)
+                    if rule in ("LEAF", methods.NO_ROOT):
+                        multiplicity = rule == "LEAF"
+                        credits = leaf.leaf_advantages(
+                            tokens, lengths, None, rewards, 2, "both", multiplicity, True, bounds
+                        )
+                    elif rule in (methods.BASELINE, methods.PLAIN):
+                        floor = 1 / 3 if rule == methods.BASELINE else 0.0
+                        credits = leaf.grpo_advantages(rewards, lengths, floor)
+                    else:
+                        node = {credit.OTHERS: 0.0, methods.HALF_WAY: 0.5}.get(rule, 1.0)
+                        credits = methods.leave_one_out(*group, normalize=False, node_weight=node)
+                    advantages[p, :, : credits.shape[1]] = credits
+                flat = (logp, logp.detach(), logp.detach(), advantages, rollout.mask)
+                loss, _ = leaf.policy_loss(*(x.flatten(0, 1) for x in flat), kl_coef=0.0)
+                g = torch.autograd.grad(-loss, adapters(microscope), retain_graph=True)
+                found.append(torch.cat([x.flatten() for x in g]))
+    g = torch.stack(found).unflatten(0, (credit.BATCHES, len(credit.COLUMNS), -1))
+    norms = (truth[0] * truth[1]).sum(-1).clamp(min=1e-30).sqrt()
+    cosines = (g * truth.mean(0)).sum(-1) / norms / g.norm(dim=-1).clamp(min=1e-12)
+    scale = cosines.abs().max().item()
+    assert torch.allclose(torch.tensor(measured["cosines"]) / scale, cosines / scale, atol=1e-3)
+    linear = g[:, : len(credit.COMBINED)].unflatten(0, (2, 2))
+    noise = (linear[:, 0] - linear[:, 1]).square().sum(-1) / 2  # of two batches
+    assert torch.allclose(torch.tensor(measured["noise"]), noise, rtol=1e-3)
+
+
+def test_signal_and_noise_are_those_of_the_distribution():
+    """Normal gradients of a known mean; the interval of a noise ratio holds it as often as it says."""
     generator = torch.Generator().manual_seed(0)
-    truth = torch.randn(2, 30, generator=generator) * 0.1 + torch.arange(30.0)
-    target = credit.Target.of(truth)
-    assert target.norm**2 == pytest.approx(float(truth[0] @ truth[1]))
-    assert torch.equal(target.mean, truth.mean(0))
-    gradients = torch.randn(60, 30, generator=generator) * 9 + torch.arange(30.0)
-    sums = credit.Sums(60, [target])
-    for n, g in enumerate(gradients):
-        sums.add(n, g)
-    for left_out, (snr, bias) in zip((None, *range(credit.BLOCKS)), sums.whole()):
-        kept = gradients[torch.from_numpy(sums.member != left_out)]
-        products = kept @ kept.T
-        n = len(kept)
-        square = float(products.sum() - products.trace()) / n / (n - 1)
-        assert snr == pytest.approx(square / (float(products.trace()) / n - square), rel=1e-4)
-        along = float(kept.mean(0) @ target.mean)
-        assert bias == pytest.approx(along / square**0.5 / target.norm, rel=1e-4)
-    along = float(gradients[3] @ target.mean / gradients[3].norm())
-    assert sums.cosines()[3, 0] == pytest.approx(along / target.norm)
+    mean = torch.arange(8.0) / 8
+    g = mean + 0.5 * torch.randn(20_000, 8, generator=generator)
+    assert credit.squared_mean(g).item() == pytest.approx(float(mean @ mean), rel=0.03)
+    assert g.var(0).sum().item() == pytest.approx(8 * 0.25, rel=0.03)
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        bottom = rng.chisquare(30, size=20)
+        found = credit.ratio(0.8 * bottom + 0.1 * rng.chisquare(30, size=20), bottom)
+        held.append(abs(found["value"] - 0.9) < found["ci"])
+    assert 0.92 < fmean(held) < 0.98
 
 
-def test_boundaries_near_decisions_are_counted_over_prompts():
-    shares = credit.summarise_landings([[0, 2, None], [0, -1]])
-    assert [x["value"] for x in shares.values()] == pytest.approx([2 / 5, 1 / 5, 3 / 4])
-    assert shares["mean distance"]["ci"] == pytest.approx([1 / 2, 1])  # the prompts on their own
-    alike = credit.summarise_landings([[0, 1, None]] * 5)
-    assert all(x["ci"] == [x["value"]] * 2 for x in alike.values())
+def test_the_dial_goes_on_where_it_was_stopped(microscope, monkeypatch, tmp_path, capsys):
+    """One K at a time; then a table, a figure, and counts that the cells bear out."""
+    calls = []
+    shape = (len(credit.COLUMNS), len(credit.REWARDS))
 
+    def measure(policy, K, truth):
+        calls.append(K)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {
+            "cosines": (0.2 + 0.1 * torch.randn(credit.BATCHES, *shape)).tolist(),
+            "noise": torch.rand(credit.BLOCKS, *shape).tolist(),
+            "signal": torch.rand(shape[1]).tolist(),
+            "logged": (10 + torch.rand(len(credit.TREES), shape[1], 2, 2)).tolist(),
+        }
 
-def test_the_microscope_weighs_tokens_as_the_loss_does():
-    """In the training setting, weight times advantage is the gradient of the trainer's loss at
-    ratio 1 without KL."""
-    lengths = torch.tensor([[1, 4, 3], [5, 2, 2]])
-    shape = (2, 3, 5)
-    logp = torch.randn(shape, requires_grad=True)
-    advantages = torch.randn(shape)
-    rollout = Rollout(torch.zeros(shape, dtype=torch.int64), lengths, *torch.zeros(2, *shape))
-    batch = credit.Batch([], [], None, rollout, [])
-    flat = (x.flatten(0, 1) for x in (logp, logp.detach(), logp.detach(), advantages, rollout.mask))
-    loss, _ = leaf.policy_loss(*flat, kl_coef=0.0)
-    (gradient,) = torch.autograd.grad(-loss, logp)
-    weight = batch.weight(credit.SETTINGS["training"])
-    assert torch.allclose(weight * advantages, gradient, atol=1e-7)
-    summed = batch.weight(credit.SETTINGS["exact"])
-    assert torch.equal(summed, rollout.mask / 6)
+    for half in range(2):
+        size = sum(p.numel() for p in adapters(microscope))
+        torch.save(torch.randn(3, size), tmp_path / f"truth-{half}.pt")
+    monkeypatch.setattr(credit.Policy, "load", lambda out: microscope)
+    monkeypatch.setattr(credit, "measure", measure)
+    monkeypatch.setattr(credit, "KS", (4, 8))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        credit.run(tmp_path)
+    found = credit.run(tmp_path)
+    assert calls == [4, 8, 8]
+    assert len(found["cells"]) == 2 * 4 * len(credit.REWARDS)
+    credit.show(found)
+    credit.plot(found)
+    at = [c for c in found["cells"] if c["boundaries"] == "even"]
+    gains = [c["gain"]["LEAF"][methods.BASELINE] for c in at]
+    above = sum(gain["value"] > gain["ci"] for gain in gains)
+    told = f"LEAF − {methods.BASELINE}: above in {above} and"
+    assert told in capsys.readouterr().out.split("Boundaries by even")[1]
+    assert (tmp_path / "dial.svg").stat().st_size < 250_000
 
 
 # --------------------------------------------------------------------------------------------------
