@@ -297,47 +297,6 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     return report
 
 
-def leave_one_out_values(response: int, rewards: list[float], path: list[Node]) -> list[float]:
-    """The value of each prefix on a response's path, the root's first, that its own reward has no
-    part in: V_i(v0) is the mean of the others, V_i(v) is V(v) with V_i(u) of the value before it in
-    the place of r_i. At least two responses."""
-    own = rewards[response]
-    values = [(sum(rewards) - own) / (len(rewards) - 1)]
-    for node in path:
-        values.append(node.value + (values[-1] - own) / len(node.members))
-    return values
-
-
-def tail_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> tuple[float, float]:
-    """How much the reward of a tail varies around the value of its node, and around the root's.
-
-    Over the tails behind a retained node, the sums of w_i (r_i - V_i(v_last))^2 and of
-    w_i (r_i - V_i(v0))^2, values as leave_one_out_values has them. w_i = sum over the tail of
-    (1 - q)^2 / length^2 says how far the tail's tokens, of probability q, can move the gradient.
-    Equal rewards, or no such tail: 0 and 0.
-    """
-    rewards = _to_list(rewards)
-    at_node = 0.0
-    at_root = 0.0
-    if max(rewards) > min(rewards):
-        nodes = build_tree(tokens, lengths, rewards, boundaries)
-        for i, (length, row) in enumerate(zip(_to_list(lengths), _to_list(surprisal))):
-            path = path_of(i, nodes)
-            if path and path[-1].boundary < length:
-                tail = row[path[-1].boundary : length]
-                weight = sum(math.expm1(-s) ** 2 for s in tail) / length**2
-                root_value, *_, value = leave_one_out_values(i, rewards, path)
-                at_node += weight * (rewards[i] - value) ** 2
-                at_root += weight * (rewards[i] - root_value) ** 2
-    return at_node, at_root
-
-
-def noise_ratio(with_tree: float, without: float) -> float:
-    """Sums of tail_noise over all prompts, divided: below 1, a tree as baseline lowers the noise of
-    the tails' gradient. 1 where there is nothing to compare with."""
-    return with_tree / without if without > 0 else 1.0
-
-
 def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, float]:
     """What to watch: means over prompts, of the rewards of their K responses, and over boundaries,
     of fork_stats."""
@@ -349,6 +308,105 @@ def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, floa
         "fork_fire": fmean(fork["fires"] for fork in forks),
         "usable_fork_fire": fmean(fork["usable"] for fork in forks),
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# Would a tree's values, as baselines, lower the noise? (experiments/README.md, When a tree helps)
+
+
+def leave_one_out_values(response: int, rewards: list[float], path: list[Node]) -> list[float]:
+    """The value of each prefix on a response's path, the root's first, that its own reward has no
+    part in: V_i(v0) is the mean of the others, V_i(v) is V(v) with V_i(u) of the value before it in
+    the place of r_i. At least two responses."""
+    own = rewards[response]
+    values = [(sum(rewards) - own) / (len(rewards) - 1)]
+    for node in path:
+        values.append(node.value + (values[-1] - own) / len(node.members))
+    return values
+
+
+def leave_one_out_credits(
+    lengths, rewards, nodes: list[Node], node_weight: float = 1.0
+) -> list[Span]:
+    """r_i minus a value, of the prefix so far, that r_i has no part in.
+
+    The value is node_weight times that of the last node and the rest times the root's, as
+    leave_one_out_values has them. So for given boundaries the gradient is unbiased: a baseline
+    may depend on the prefix and on the other responses, and on nothing else. Spans as
+    span_credits has them; at least two responses.
+    """
+    rewards = [float(r) for r in rewards]
+    spans = []
+    for i, length in enumerate(int(n) for n in lengths):
+        path = path_of(i, nodes)
+        values = leave_one_out_values(i, rewards, path)
+        start = 0
+        for boundary, value in zip([*(node.boundary for node in path), length], values):
+            end = min(boundary, length)
+            if start < end:
+                baseline = node_weight * value + (1 - node_weight) * values[0]
+                spans.append(Span(i, start, end, rewards[i] - baseline))
+            start = end
+    return spans
+
+
+def gradient_noise(
+    tokens, lengths, surprisal, rewards, boundaries: list[int]
+) -> tuple[float, float]:
+    """Squared length of the gradient that leave-one-out credit gives, with the tree and without.
+
+    Both are unbiased, so where noise outweighs signal they differ by their noise. The gradient is by
+    the logits, which of a token x behind a prefix is c_x - q_x C: c_x is what the responses through
+    x have of credit / length, C the sum of c over all tokens seen there, q_x its probability. Logits
+    of tokens that nobody drew are left out. Equal rewards: 0 and 0.
+    """
+    rewards = _to_list(rewards)
+    if max(rewards) == min(rewards):
+        return 0.0, 0.0
+    tokens, lengths = _to_list(tokens), _to_list(lengths)
+    q = torch.exp(-torch.as_tensor(surprisal)).tolist()
+    nodes = build_tree(tokens, lengths, rewards, boundaries)
+    # Of distinct tokens x behind distinct prefixes, by index; 0 stands before the first.
+    children = [{}]  # the indices of the tokens that follow, by id
+    parents = [0]
+    chances = [0.0]  # q_x
+    with_tree = [0.0]  # c_x
+    without = [0.0]
+    for i, start, end, credit in leave_one_out_credits(lengths, rewards, nodes):
+        if start == 0:
+            x = 0
+            mean_of_others = (sum(rewards) - rewards[i]) / (len(rewards) - 1)
+            share_without = (rewards[i] - mean_of_others) / lengths[i]
+        share_with = credit / lengths[i]
+        for t, token in enumerate(tokens[i][start:end], start):
+            child = children[x].get(token)
+            if child is None:
+                child = children[x][token] = len(children)
+                children.append({})
+                parents.append(x)
+                chances.append(q[i][t])
+                with_tree.append(0.0)
+                without.append(0.0)
+            x = child
+            with_tree[x] += share_with
+            without[x] += share_without
+    total_with = [0.0] * len(parents)  # C, by the index of the token before
+    total_without = [0.0] * len(parents)
+    for parent, c_with, c_without in zip(parents, with_tree, without):
+        total_with[parent] += c_with
+        total_without[parent] += c_without
+    noise_with = 0.0
+    noise_without = 0.0
+    for parent, q_x, c_with, c_without in zip(parents, chances, with_tree, without):
+        noise_with += (c_with - q_x * total_with[parent]) ** 2
+        noise_without += (c_without - q_x * total_without[parent]) ** 2
+    return noise_with, noise_without
+
+
+def noise_ratio(with_tree: float, without: float) -> float:
+    """Sums of gradient_noise over all prompts, divided: below 1, a tree as baseline lowers the
+    gradient's noise. 1 where there is nothing to compare with."""
+    return with_tree / without if without > 0 else 1.0
 
 
 # --------------------------------------------------------------------------------------------------

@@ -563,44 +563,56 @@ def values_left_out(responses, rewards, i, bounds):
     return values
 
 
-def test_tail_noise_is_its_definition_on_random_groups():
-    rng = random.Random(9)
-    found = 0
-    for _ in range(400):
-        responses, tokens, lengths, surprisal, rewards = random_group(rng)
+def test_gradient_noise_is_that_of_the_logits():
+    """By autograd, with logits for every prefix of random groups; all of the distribution is seen."""
+    rng = random.Random(10)
+    vocab = 4
+    for _ in range(100):
+        responses, tokens, lengths, _, rewards = random_group(rng, ended=True)
         bounds = [rng.randint(1, 14) for _ in range(rng.randint(0, 4))]
+        prefixes = sorted({tuple(o[:t]) for o in responses for t in range(len(o))})
+        # What nobody drew behind a prefix has no probability, and no logit.
+        drawn = {tuple(o[: t + 1]) for o in responses for t in range(len(o))}
+        possible = torch.tensor([[(*p, v) in drawn for v in range(vocab)] for p in prefixes])
+        logits = torch.randn(possible.shape, dtype=torch.float64)
+        logits = logits.masked_fill(~possible, -math.inf).requires_grad_()
+        logp = logits.log_softmax(-1)
+        surprisal = torch.zeros(tokens.shape, dtype=torch.float64)
+        surrogate = [0, 0]
         r = rewards.tolist()
-        want = np.zeros(2)
-        for i, o in enumerate(responses if len(set(r)) > 1 else []):
-            values = values_left_out(responses, r, i, bounds)
-            cut, value = values[-1]
-            q = np.exp(-surprisal[i, cut : len(o)].double().numpy())
-            if cut > 0 and len(q):
-                gaps = np.array([r[i] - value, r[i] - values[0][1]])
-                want += ((1 - q) ** 2).sum() / len(o) ** 2 * gaps**2
-        got = leaf.tail_noise(tokens, lengths, surprisal, rewards, bounds)
+        for i, o in enumerate(responses):
+            values = values_left_out(responses, r, i, bounds) if len(set(r)) > 1 else [(0, r[i])]
+            for t in range(len(o)):
+                step = logp[prefixes.index(tuple(o[:t])), o[t]]
+                surprisal[i, t] = -step.detach()
+                value = [value for b, value in values if b <= t][-1]
+                surrogate[0] += (r[i] - value) / len(o) * step
+                surrogate[1] += (r[i] - values[0][1]) / len(o) * step
+        gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in surrogate]
+        want = [g[possible].square().sum().item() for g in gradients]
+        got = leaf.gradient_noise(tokens, lengths, surprisal, rewards, bounds)
         assert got == pytest.approx(tuple(want), rel=1e-6, abs=1e-12)
-        found += want[0] > 0
-    assert found > 50
 
 
-def test_tail_noise_by_hand():
-    """Two nodes of two, each token with q = 1/2: a tail weighs (1 - q)^2 / 2^2 = 1/16."""
+def test_gradient_noise_by_hand():
+    """Two nodes of two responses of two tokens, each with q = 1/2."""
     tokens, lengths = pad_responses([[1, 5], [1, 6], [2, 5], [2, 6]])
     surprisal = torch.full((4, 2), math.log(2))
-    # The first: others' mean 2/3, in the node (1 + 2/3) / 2 = 5/6 with r_i's part taken over.
     rewards = [1.0, 1.0, 0.0, 1.0]
-    at_root = [(1 - 2 / 3) ** 2, (1 - 2 / 3) ** 2, 1, (1 - 2 / 3) ** 2]
-    at_node = [(1 - 5 / 6) ** 2, (1 - 5 / 6) ** 2, 1, (1 - 1 / 3) ** 2]
-    got = leaf.tail_noise(tokens, lengths, surprisal, rewards, [1])
-    assert got == pytest.approx((sum(at_node) / 16, sum(at_root) / 16))
-    assert leaf.noise_ratio(*got) == pytest.approx(sum(at_node) / sum(at_root))
+    # r minus the mean of the others, over length 2: 1/6, 1/6, -1/2, 1/6. The first tokens' sums are
+    # 1/3 and -1/3. Behind the second the total is -1/3: -1/2 + 1/6 and 1/6 + 1/6.
+    without = 2 / 9 + 2 / 9
+    # Behind the second node 0 - 1 and 1 - 1/3, over 2; their total is -1/6: -+ 5/12.
+    with_tree = 2 / 9 + 2 * (5 / 12) ** 2
+    got = leaf.gradient_noise(tokens, lengths, surprisal, rewards, [1])
+    assert got == pytest.approx((with_tree, without), rel=1e-6)
+    assert leaf.noise_ratio(*got) == pytest.approx(41 / 32, rel=1e-6)
+    for bounds in ([], [2]):  # no boundary; all on their own
+        same = leaf.gradient_noise(tokens, lengths, surprisal, rewards, bounds)
+        assert same == pytest.approx((without, without), rel=1e-6)
     for nothing in (
-        leaf.tail_noise(tokens, lengths, surprisal, [0.3] * 4, [1]),  # equal rewards
-        leaf.tail_noise(tokens, lengths, surprisal, rewards, []),  # no boundary
-        leaf.tail_noise(tokens, lengths, surprisal, rewards, [2]),  # all on their own
-        leaf.tail_noise(tokens[:1], lengths[:1], surprisal[:1], [1.0], [1]),  # K = 1
-        leaf.tail_noise([[1, 5]] * 2, [2, 2], [[1.0, 1.0]] * 2, [0.0, 1.0], [2]),  # no tail
+        leaf.gradient_noise(tokens, lengths, surprisal, [0.3] * 4, [1]),  # equal rewards
+        leaf.gradient_noise(tokens[:1], lengths[:1], surprisal[:1], [1.0], [1]),  # K = 1
     ):
         assert nothing == (0, 0) and leaf.noise_ratio(*nothing) == 1
 

@@ -149,7 +149,7 @@ class Config:
 # What a random stream is for: the second number of its seed.
 CTC_ORDER, SFT_ORDER, EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(1, 8)
 # Two metrics: what leaf.noise_ratio divides, after their means over prompts and processes.
-NOISE = ("tail_noise_at_node", "tail_noise_at_root")
+NOISE = ("noise_with_tree", "noise_without_tree")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def train_policy(
                 advantages.append(given)
                 forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
                 group = (tokens, lengths, surprisal[p], rewards[p])
-                noise.append(leaf.tail_noise(*group, boundaries))
+                noise.append(leaf.gradient_noise(*group, boundaries))
             advantages = to_device(torch.stack(advantages), model.device)  # (P, K, T)
             credited = time.perf_counter()
 

@@ -63,7 +63,6 @@ from experiments.methods import (
     PLAIN,
     first_words,
     last_words,
-    token_noise,
     with_responses,
 )
 
@@ -200,7 +199,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         "validation": {
             line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line
         },
-        # By leaf.tail_noise and token_noise: with the tree, without.
+        # By leaf.gradient_noise: with the tree, without.
         "noise": np.sum(noise[: NOISE_STEPS * cfg.prompts], 0).tolist(),
         "seconds": {"preparation": prepared - began, "training": done - prepared},
         "cpu_seconds": time.process_time() - cpu,
@@ -217,14 +216,13 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
 
 
 def recording(rule, noise: list):
-    """The credit rule, which then appends both measures of a prompt's noise to a list, as sums with
-    the tree and without."""
+    """The credit rule, which then appends leaf.gradient_noise of the prompt to a list."""
 
     @functools.wraps(rule)
     def recorded(cfg, tokens, lengths, surprisal, rewards):
         advantages, boundaries = rule(cfg, tokens, lengths, surprisal, rewards)
         group = (tokens, lengths, surprisal, rewards, boundaries)
-        noise.append([leaf.tail_noise(*group), token_noise(*group)])
+        noise.append(leaf.gradient_noise(*group))
         return advantages, boundaries
 
     return recorded
@@ -433,20 +431,19 @@ def rate_table(runs: list[dict], best: dict) -> str:
 
 
 def score_table(runs: list[dict]) -> str:
-    """Mean and standard deviation of the test split's scores, and the noise ratios, of tails and of
-    all tokens, of the first steps."""
+    """Mean and standard deviation of the test split's scores, and the noise ratio of the first steps."""
     rows = []
     cells = dict.fromkeys((r["task"], r["method"]) for r in runs)
     for task, method in sorted(cells, key=lambda cell: (*TASKS, *SETTINGS).index(cell[0])):
         own = [r for r in runs if (r["task"], r["method"]) == (task, method)]
         noise = [r["noise"] for r in own if "noise" in r]
-        ratios = [f"{leaf.noise_ratio(*pair):.2f}" for pair in np.sum(noise, 0)] if noise else []
+        ratio = f"{leaf.noise_ratio(*np.sum(noise, 0)):.2f}" if noise else ""
         seconds = [r["cpu_seconds"] for r in own if "cpu_seconds" in r]
         rate = f"{own[0]['lr']:g}" if "lr" in own[0] else ""
         scores = [column(own, metric) for metric in METRICS]
-        rows.append([task, method, rate, len(own), *scores, *(ratios or ["", ""])])
+        rows.append([task, method, rate, len(own), *scores, ratio])
         rows[-1].append(f"{statistics.fmean(seconds):.0f}" if seconds else "")
-    header = ["task", "method", "lr", "runs", *METRICS, "noise, tails", "all", "CPU s"]
+    header = ["task", "method", "lr", "runs", *METRICS, "noise ratio", "CPU s"]
     return table(header, rows)
 
 

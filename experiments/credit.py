@@ -138,12 +138,11 @@ class Batch:
         return torch.stack(credits).unflatten(0, rewards.shape[:2])
 
     def noise(self, tree: tuple[str, int], rewards) -> np.ndarray:
-        """What leaf.tail_noise and methods.token_noise say, summed over prompts: (R, 2, 2)."""
-        total = np.zeros((len(rewards), 2, 2))
+        """leaf.gradient_noise, summed over prompts: (R, 2)."""
+        total = np.zeros((len(rewards), 2))
         for p, (*group, boundaries) in enumerate(self.groups(tree)):
             for i, r in enumerate(rewards[:, p].tolist()):
-                total[i, 0] += leaf.tail_noise(*group, r, boundaries)
-                total[i, 1] += methods.token_noise(*group, r, boundaries)
+                total[i] += leaf.gradient_noise(*group, r, boundaries)
         return total
 
 
@@ -228,7 +227,7 @@ def measure(policy: Policy, K: int, truth: torch.Tensor) -> dict:
     """All rules and rewards on the same batches; truth (2, R, D)."""
     norms = squared_mean(truth).clamp(min=1e-30).sqrt()  # (R,)
     cosines, noise, means, block = [], [], [], []
-    logged = np.zeros((len(TREES), len(REWARDS), 2, 2))
+    logged = np.zeros((len(TREES), len(REWARDS), 2))
     rng = np.random.default_rng([SEED, K])
     for n in tqdm(range(BATCHES), desc=f"K = {K}", disable=None):
         # With replacement: batches that take turns in one pass would not be independent.
@@ -256,7 +255,7 @@ def measure(policy: Policy, K: int, truth: torch.Tensor) -> dict:
         "cosines": cosines,  # (batches, rules, R)
         "noise": noise,  # (blocks, combined rules, R)
         "signal": squared_mean(torch.stack(means)).tolist(),  # of mean of the others: (R,)
-        "logged": logged.tolist(),  # (trees, R, tails and tokens, with a tree and without)
+        "logged": logged.tolist(),  # (trees, R, with a tree and without)
     }
 
 
@@ -272,7 +271,7 @@ def cells(K: int, measured: dict):
             "boundaries": tree[0],
             "B": tree[1],
             "reward": reward,
-            "logged": dict(zip(("tails", "tokens"), (leaf.noise_ratio(*x) for x in logged[t, r]))),
+            "logged": leaf.noise_ratio(*logged[t, r]),
             "signal over noise": measured["signal"][r] / of_others.mean(),
             "noise": {x: ratio(noise[:, place[x], r], of_others) for x in (OURS, HALF_WAY)},
             "cosine": {rule: values.mean() for rule, values in cosine.items()},
@@ -307,13 +306,13 @@ def show(found: dict):
     for c in found["cells"]:
         if c["boundaries"] == SURPRISAL:
             row = [c["K"], c["B"], c["reward"], f"{c['cosine'][OTHERS]:.3f}"]
-            row += [f"{x:.2f}" for x in (*c["logged"].values(), c["noise"][OURS]["value"])]
-            predicted = predicted_gain(c["signal over noise"], c["logged"]["tokens"])
+            row += [f"{x:.2f}" for x in (c["logged"], c["noise"][OURS]["value"])]
+            predicted = predicted_gain(c["signal over noise"], c["logged"])
             row.append(f"{100 * predicted:+.1f}")
             for value, half in (gains([c], *pair)[:, 0] for pair in columns):
                 row.append(f"{100 * value:+.1f} ± {100 * half:.1f}")
             rows.append(row)
-    header = ["K", "B", "reward", "GRPO's cosine", "logged, tails", "logged, all tokens"]
+    header = ["K", "B", "reward", "GRPO's cosine", "logged"]
     header += ["noise, leave-one-out", "predicted gain", *(f"{a} − {b}" for a, b in columns)]
     print(table(header, rows))
     agree = ", ".join(f"{name} {value:.2f}" for name, value in found["halves agree"].items())
@@ -324,21 +323,20 @@ def show(found: dict):
     )
     for where in (SURPRISAL, EVEN):
         at = [c for c in found["cells"] if c["boundaries"] == where]
-        logged = {name: np.array([c["logged"][name] for c in at]) for name in ("tails", "tokens")}
+        logged = np.array([c["logged"] for c in at])
         print(f"Boundaries by {where}, {len(at)} cells:")
         for pair in shown:
             value, half = gains(at, *pair)
-            r = " and ".join(f"{np.corrcoef(x, value)[0, 1]:.2f}" for x in logged.values())
+            r = np.corrcoef(logged, value)[0, 1]
             told = f"above in {sum(value > half)} and below in {sum(-value > half)} cells, clearly"
-            print(f"- {' − '.join(pair)}: {told}; correlation with the logged ratios {r}")
+            print(f"- {' − '.join(pair)}: {told}; correlation with the logged ratio {r:.2f}")
         value, half = gains(at, OURS, OTHERS)
         clear = abs(value) > half
-        for name, x in logged.items():
-            right = sum(((x < 1) == (value > 0))[clear])
-            apart = abs(x - [c["noise"][OURS]["value"] for c in at]).mean()
-            told = f"the sign of {right} of {sum(clear)} clear gains of {OURS}"
-            print(f"- logged, {name}: {told}; {apart:.3f} off the measured noise on average")
-        for rule, R in ((OURS, logged["tokens"]), (HALF_WAY, (1 + logged["tokens"]) / 2)):
+        right = sum(((logged < 1) == (value > 0))[clear])
+        apart = abs(logged - [c["noise"][OURS]["value"] for c in at]).mean()
+        told = f"the sign of {right} of {sum(clear)} clear gains of {OURS}"
+        print(f"- logged: {told}; {apart:.3f} off the measured noise on average")
+        for rule, R in ((OURS, logged), (HALF_WAY, (1 + logged) / 2)):
             predicted = [predicted_gain(c["signal over noise"], x) for c, x in zip(at, R)]
             apart = abs(predicted - gains(at, rule, OTHERS)[0])
             print(f"- predicted gain of {rule}: {100 * apart.mean():.1f} points off on average")
@@ -356,7 +354,7 @@ def plot(found: dict):
         style["markerfacecolor"] = colour if c["boundaries"] == SURPRISAL else "white"
         points = c["noise"][OURS], c["gain"][OURS][OTHERS], c["gain"][LEAF][BASELINE]
         for axes, point in zip(panels, points):
-            axes.errorbar(c["logged"]["tokens"], point["value"], point["ci"], **style)
+            axes.errorbar(c["logged"], point["value"], point["ci"], **style)
     noise, ours, leafs = panels
     x = np.linspace(*noise.get_xlim())
     noise.plot(x, x, color="gray", zorder=0, label="predicted")
@@ -370,7 +368,7 @@ def plot(found: dict):
         axes.set_title(title, fontsize=10)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.axhline(level, color="black", linewidth=0.8)
-        axes.set_xlabel("noise ratio as logged, all tokens")
+        axes.set_xlabel("noise ratio as logged")
         axes.grid(alpha=0.3)
     for reward, colour in colours.items():
         noise.plot([], [], "o", color=colour, label=reward)

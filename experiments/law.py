@@ -119,7 +119,7 @@ def gradient(chances, tokens, spans) -> np.ndarray:
 GRPO, TREE, HALF_WAY = "GRPO", methods.OURS, methods.HALF_WAY
 WEIGHTS = {GRPO: 0.0, TREE: 1.0, HALF_WAY: 0.5}  # of the node value; these rules are unbiased
 RULES = {  # (lengths, rewards, nodes) -> spans
-    **{name: partial(methods.leave_one_out_credits, node_weight=w) for name, w in WEIGHTS.items()},
+    **{name: partial(leaf.leave_one_out_credits, node_weight=w) for name, w in WEIGHTS.items()},
     "LEAF": lambda *group: leaf.z_score(leaf.span_credits(*group)),
     "LEAF, no z-score": leaf.span_credits,
     "LEAF, no 1/sqrt n": lambda *group: leaf.z_score(leaf.span_credits(*group, multiplicity=False)),
@@ -148,8 +148,7 @@ class Prompt:
             fillers = slice(max(len(model.effects), B), None)
             self.behind[rule] = gradient(chances, tokens, shared)[fillers]
         group = (tokens.tolist(), lengths, surprisal.tolist(), rewards, bounds)
-        self.tails = leaf.tail_noise(*group)
-        self.tokens = methods.token_noise(*group)
+        self.logged = leaf.gradient_noise(*group)
         first = np.bincount(tokens[:, 0]).tolist()
         rho = model.effects[0] / (1 - model.effects[0])
         self.exact = {  # sums over the members of nodes; for one boundary
@@ -168,7 +167,7 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
     behind = {rule: 0.0 for rule in RULES}
     cosines = {rule: [] for rule in RULES}
     exact = {rule: 0.0 for rule in WEIGHTS}
-    tails, tokens = np.zeros(2), np.zeros(2)
+    logged = np.zeros(2)
     sizes = []
     for _ in range(batches):
         prompts = [Prompt(model, rng) for _ in range(RESPONSES // model.K)]
@@ -182,8 +181,7 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
                 behind[rule] += (p.behind[rule] ** 2).sum() / len(prompts) ** 2
         for rule in WEIGHTS:
             exact[rule] += sum(p.exact[rule] for p in prompts)
-        tails += np.sum([p.tails for p in prompts], 0)
-        tokens += np.sum([p.tokens for p in prompts], 0)
+        logged += np.sum([p.logged for p in prompts], 0)
         sizes += [path for p in prompts for path in p.sizes]
     S = signal.sum()
     N = noise[GRPO].sum()
@@ -202,7 +200,7 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
         "tails": {rule: behind[rule] / behind[GRPO] for rule in (TREE, HALF_WAY)},
         "noise": {rule: noise[rule].sum() / N for rule in (TREE, HALF_WAY)},
         "leading order": fmean(chain_ratio(path, explained) for path in sizes if path),
-        "logged": {"tails": leaf.noise_ratio(*tails), "tokens": leaf.noise_ratio(*tokens)},
+        "logged": leaf.noise_ratio(*logged),
     }
     if B > 1:  # the span from the first boundary to the second
         result["between"] = noise[TREE][1] / noise[GRPO][1]
@@ -300,16 +298,16 @@ def show(results: list[dict]):
         "tails, leading order": [(r["leading order"], r["tails"][TREE]) for r in one],
         "tails, leading order, B > 1": [(r["leading order"], r["tails"][TREE]) for r in more],
         "between nodes, leading order": [(r["between, leading order"], r["between"]) for r in more],
-        "logged, of tails": [(r["logged"]["tails"], r["tails"][TREE]) for r in results],
-        "logged, of all tokens": [(r["logged"]["tokens"], r["noise"][TREE]) for r in results],
+        "logged": [(r["logged"], r["noise"][TREE]) for r in results],
     }
     for rule in (TREE, HALF_WAY, "LEAF, no z-score"):
         pairs[f"gain of {rule}"] = [
             (1 + r["predicted gain"][rule], 1 + r["gain"][rule]["value"]) for r in one
         ]
     gains = [1 + r["gain"][TREE]["value"] for r in results]
-    tokens = [r["logged"]["tokens"] ** -0.5 for r in results]
-    pairs[f"gain of {TREE}, from all tokens"] = list(zip(tokens, gains))
+    pairs[f"gain of {TREE}, from what is logged"] = [
+        (r["logged"] ** -0.5, gain) for r, gain in zip(results, gains)
+    ]
     rows = []
     for name, values in pairs.items():
         x, y = np.array(values).T
@@ -325,15 +323,14 @@ def show(results: list[dict]):
             up = sum(gain["value"] > gain["ci"] for gain in gains)
             down = sum(-gain["value"] > gain["ci"] for gain in gains)
             values = [gain["value"] for gain in gains]
-            logged = [[1 - r["logged"][name] for r in results] for name in ("tails", "tokens")]
-            cells = [f"{np.corrcoef(x, values)[0, 1]:.2f}" for x in logged]
-            rows.append([rule, f"{min(values):+.0%} to {max(values):+.0%}", up, down, *cells])
+            correlation = np.corrcoef([1 - r["logged"] for r in results], values)[0, 1]
+            span = f"{min(values):+.0%} to {max(values):+.0%}"
+            rows.append([rule, span, up, down, f"{correlation:.2f}"])
     header = ["gain in cosine over GRPO", "range", "models above", "below"]
-    print(table([*header, "correlation with 1 - logged: tails", "all tokens"], rows))
+    print(table([*header, "correlation with 1 - logged"], rows))
     clear = [r for r in results if abs(r["gain"][TREE]["value"]) > r["gain"][TREE]["ci"]]
-    for name in ("tails", "tokens"):
-        right = sum((r["logged"][name] < 1) == (r["gain"][TREE]["value"] > 0) for r in clear)
-        print(f"logged of {name}: the sign of {right} of {len(clear)} clear gains of {TREE}")
+    right = sum((r["logged"] < 1) == (r["gain"][TREE]["value"] > 0) for r in clear)
+    print(f"logged: the sign of {right} of {len(clear)} clear gains of {TREE}")
 
 
 def plot(results: list[dict]):
@@ -345,7 +342,7 @@ def plot(results: list[dict]):
     panels = (
         (noise, "(a) noise behind nodes, over GRPO's", "predicted", "measured"),
         (gains, "(b) gain in cosine over GRPO", "predicted", "measured"),
-        (logged, f"(c) gain in cosine of {TREE}", "noise ratio as logged", "measured"),
+        (logged, "(c) gain in cosine over GRPO", "noise ratio as logged", "measured"),
     )
     series = [
         (noise, f"{TREE}, B = 1", [(r["predicted tails"][TREE], r["tails"][TREE]) for r in one]),
@@ -356,9 +353,9 @@ def plot(results: list[dict]):
     for rule in (TREE, HALF_WAY, "LEAF, no z-score"):
         pairs = [(r["predicted gain"][rule], r["gain"][rule]["value"]) for r in one]
         series.append((gains, rule, pairs))
-    for name in ("tails", "tokens"):
-        pairs = [(r["logged"][name], r["gain"][TREE]["value"]) for r in results]
-        series.append((logged, f"of {name}", pairs))
+    for rule in (TREE, "LEAF"):
+        pairs = [(r["logged"], r["gain"][rule]["value"]) for r in results]
+        series.append((logged, rule, pairs))
     for axes, label, pairs in series:
         axes.plot(*zip(*pairs), "o", markersize=3, alpha=0.7, label=label)
     for axes, title, x, y in panels:

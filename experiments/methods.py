@@ -5,8 +5,8 @@ train.credit, that train.train_policy is handed instead of it:
 
     rule(cfg, tokens, lengths, surprisal, rewards) -> advantages (K, T), boundaries
 
-`--algo leaf` is the paper's method. The leave-one-out variant is ours; random and even boundaries
-are ablations. `leaf.grpo_advantages` divides by max(std, floor): the authors' floor of 1/3 is above
+`--algo leaf` is the paper's method. The leave-one-out variant is ours; even boundaries are a
+control. `leaf.grpo_advantages` divides by max(std, floor): the authors' floor of 1/3 is above
 the spread that BLEU rewards have, and a floor of 1 above what rewards in [0, 1] can have, so the
 latter is r - mean r: RLOO's advantage times (K - 1) / K (Ahmadian et al. 2024).
 """
@@ -49,31 +49,6 @@ def even_boundaries(lengths, fork_budget: int, min_prefix: int = 1) -> list[int]
 # Leave-one-out credit, our variant of steps 4 and 5
 
 
-def leave_one_out_credits(
-    lengths, rewards, nodes: list[leaf.Node], node_weight: float = 1.0
-) -> list[leaf.Span]:
-    """r_i minus a value, of the prefix so far, that r_i has no part in.
-
-    The value is node_weight times that of the last node and the rest times the root's, as
-    leaf.leave_one_out_values has them. So for given boundaries the gradient is unbiased: a baseline
-    may depend on the prefix and on the other responses, and on nothing else. Spans as
-    leaf.span_credits has them; at least two responses.
-    """
-    rewards = [float(r) for r in rewards]
-    spans = []
-    for i, length in enumerate(int(n) for n in lengths):
-        path = leaf.path_of(i, nodes)
-        values = leaf.leave_one_out_values(i, rewards, path)
-        start = 0
-        for boundary, value in zip([*(node.boundary for node in path), length], values):
-            end = min(boundary, length)
-            if start < end:
-                baseline = node_weight * value + (1 - node_weight) * values[0]
-                spans.append(leaf.Span(i, start, end, rewards[i] - baseline))
-            start = end
-    return spans
-
-
 def leave_one_out(
     tokens,
     lengths,
@@ -91,56 +66,11 @@ def leave_one_out(
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
         return torch.zeros(tokens.shape, device=tokens.device)
     nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    spans = leave_one_out_credits(lengths, rewards, nodes, node_weight)
+    spans = leaf.leave_one_out_credits(lengths, rewards, nodes, node_weight)
     if normalize:
         scale = max(stdev(rewards), 1 / 3) + 1e-6
         spans = [span._replace(credit=span.credit / scale) for span in spans]
     return leaf.token_credits(spans, tokens)
-
-
-def token_noise(tokens, lengths, surprisal, rewards, boundaries: list[int]) -> tuple[float, float]:
-    """leaf.tail_noise for all tokens: squared lengths of the gradient by the logits that
-    leave-one-out credit gives, with the tree and without.
-
-    Behind each prefix, the gradient by the logit of a token x is c_x - q_x C: c_x is what the
-    responses through x have of credit / length, C its sum over all tokens seen there, q_x the
-    probability. Logits of tokens that nobody drew are left out.
-    """
-    rewards = [float(r) for r in rewards]
-    if max(rewards) == min(rewards):
-        return 0.0, 0.0
-    lengths = [int(n) for n in lengths]
-    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    tokens = torch.as_tensor(tokens).tolist()
-    q = torch.exp(-torch.as_tensor(surprisal)).tolist()
-    mean = sum(rewards) / len(rewards)
-    place = {}  # of a distinct token, by the place of the token before it; 0: before the first
-    of_token = [(0, 0.0)]  # by place: the place before, and q_x
-    with_tree = [0.0]  # by place: c_x
-    without = [0.0]
-    for i, start, end, credit in leave_one_out_credits(lengths, rewards, nodes):
-        if start == 0:
-            x = 0
-        credit /= lengths[i]
-        of_root = (rewards[i] - mean) * len(rewards) / (len(rewards) - 1) / lengths[i]
-        for t in range(start, end):
-            key = (x, tokens[i][t])
-            x = place.get(key)
-            if x is None:
-                x = place[key] = len(of_token)
-                of_token.append((key[0], q[i][t]))
-                with_tree.append(0.0)
-                without.append(0.0)
-            with_tree[x] += credit
-            without[x] += of_root
-
-    def squared_length(credits):
-        total = [0.0] * len(credits)  # C, by the place of the token before
-        for (before, _), c in zip(of_token, credits):
-            total[before] += c
-        return sum((c - q_x * total[before]) ** 2 for (before, q_x), c in zip(of_token, credits))
-
-    return squared_length(with_tree), squared_length(without)
 
 
 # --------------------------------------------------------------------------------------------------

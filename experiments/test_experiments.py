@@ -22,11 +22,9 @@ from test_leaf import (
     make_model,
     make_prompts,
     pad_responses,
-    random_group,
     read_json_lines,
     seeded,
     shake_lora,
-    values_left_out,
 )
 
 __all__ = ["seeded"]  # a fixture that every test here uses
@@ -65,7 +63,7 @@ def test_leave_one_out_values_leave_the_gradient_unbiased(boundaries, node_weigh
         tokens, lengths = pad_responses([responses[o] for o in group], T)
         r = [rewards[o] for o in group]
         nodes = leaf.build_tree(tokens, lengths, r, boundaries)
-        spans = methods.leave_one_out_credits(lengths, r, nodes, node_weight)
+        spans = leaf.leave_one_out_credits(lengths, r, nodes, node_weight)
         for i, start, end, value in spans:
             for step in steps[group[i]][start:end]:
                 weight[step] = weight.get(step, 0) + chance * value / 3
@@ -90,37 +88,6 @@ def test_half_way_is_the_mean_of_leave_one_out_with_the_tree_and_without():
     found = methods.leave_one_out(*group, [1, 2], node_weight=0.5)
     assert torch.allclose(found, (with_tree + without) / 2, atol=1e-6)
     assert not torch.allclose(with_tree, without)
-
-
-def test_token_noise_is_the_gradient_of_the_logits():
-    """By autograd, with logits for every prefix of random groups; all of the distribution is seen."""
-    rng = random.Random(10)
-    vocab = 4
-    for _ in range(100):
-        responses, tokens, lengths, _, rewards = random_group(rng, ended=True)
-        bounds = [rng.randint(1, 14) for _ in range(rng.randint(0, 4))]
-        prefixes = sorted({tuple(o[:t]) for o in responses for t in range(len(o))})
-        # What nobody drew behind a prefix has no probability, and no logit.
-        drawn = {tuple(o[: t + 1]) for o in responses for t in range(len(o))}
-        possible = torch.tensor([[(*p, v) in drawn for v in range(vocab)] for p in prefixes])
-        logits = torch.randn(possible.shape, dtype=torch.float64)
-        logits = logits.masked_fill(~possible, -math.inf).requires_grad_()
-        logp = logits.log_softmax(-1)
-        surprisal = torch.zeros(tokens.shape, dtype=torch.float64)
-        surrogate = [0, 0]
-        r = rewards.tolist()
-        for i, o in enumerate(responses):
-            values = values_left_out(responses, r, i, bounds) if len(set(r)) > 1 else [(0, r[i])]
-            for t in range(len(o)):
-                step = logp[prefixes.index(tuple(o[:t])), o[t]]
-                surprisal[i, t] = -step.detach()
-                value = [value for b, value in values if b <= t][-1]
-                surrogate[0] += (r[i] - value) / len(o) * step
-                surrogate[1] += (r[i] - values[0][1]) / len(o) * step
-        gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in surrogate]
-        want = [g[possible].square().sum().item() for g in gradients]
-        got = methods.token_noise(tokens, lengths, surprisal, rewards, bounds)
-        assert got == pytest.approx(tuple(want), rel=1e-6, abs=1e-12)
 
 
 def test_even_boundaries_by_hand():
@@ -152,7 +119,7 @@ def test_the_variance_of_tails_is_that_of_drawn_rewards(weight):
         effects = math.sqrt(rho) * rng.standard_normal(3)
         rewards = [effects[g] + rng.standard_normal() for g, _ in tokens]
         nodes = leaf.build_tree(tokens, lengths, rewards, [1])
-        spans = methods.leave_one_out_credits(lengths, rewards, nodes, weight)
+        spans = leaf.leave_one_out_credits(lengths, rewards, nodes, weight)
         squares.append([s.credit**2 for s in spans if s.end == 2])
     found = np.mean(squares, 0)
     for group, members in enumerate((slice(0, 4), slice(4, 7), slice(7, 8))):
@@ -195,11 +162,12 @@ def test_the_small_policys_true_gradient_is_what_unbiased_rules_find():
 
 
 def test_the_law_predicts_what_is_measured():
-    for model in (law.Model(), law.Model(K=32, options=4, peak=0.9)):
+    for model in (law.Model(), law.Model(K=32, options=4, peak=0.9), law.Model(effects=(0.1, 0.3))):
         found = law.measure(model, batches=150)
         for rule, predicted in found["predicted tails"].items():
             assert found["tails"][rule] == pytest.approx(predicted, abs=0.06)
-        assert found["logged"]["tails"] == pytest.approx(found["tails"][law.TREE], abs=0.06)
+        # Which knows prefixes apart that this policy's places do not: the side of 1 is all they share.
+        assert (found["logged"] < 1) == (found["noise"][law.TREE] < 1)
 
 
 def test_the_identity_departs_with_lengths_and_clipping_alone():
@@ -213,7 +181,7 @@ def test_the_identity_departs_with_lengths_and_clipping_alone():
 
 def test_intervals_are_students_over_bases():
     """The quantiles against the density itself; ten runs of one base count as one."""
-    for df, quantile in enumerate(compare.T, 1):
+    for df, quantile in enumerate(common.T, 1):
         x = torch.linspace(0, quantile, 20001, dtype=torch.float64)
         log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
         density = math.exp(log_scale) * (1 + x**2 / df) ** (-(df + 1) / 2)
@@ -378,7 +346,7 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
     early = found["early-K32"]
     assert (early["config"]["responses"], early["config"]["prompts"]) == (32, 2)
     assert list(early["validation"]) == ["2"] and "mean reward x100" in early["test"]
-    assert np.shape(early["noise"]) == np.shape(found["qa"]["noise"]) == (2, 2)
+    assert len(early["noise"]) == len(found["qa"]["noise"]) == 2
     assert f"| early-K32 | {compare.HALF_WAY} |" in compare.score_table(list(found.values()))
 
 
@@ -551,7 +519,7 @@ def test_the_dial_goes_on_where_it_was_stopped(microscope, monkeypatch, tmp_path
             "cosines": (0.2 + 0.1 * torch.randn(credit.BATCHES, *shape)).tolist(),
             "noise": torch.rand(credit.BLOCKS, *shape).tolist(),
             "signal": torch.rand(shape[1]).tolist(),
-            "logged": (10 + torch.rand(len(credit.TREES), shape[1], 2, 2)).tolist(),
+            "logged": (10 + torch.rand(len(credit.TREES), shape[1], 2)).tolist(),
         }
 
     for half in range(2):
@@ -560,7 +528,7 @@ def test_the_dial_goes_on_where_it_was_stopped(microscope, monkeypatch, tmp_path
     monkeypatch.setattr(credit.Policy, "load", lambda out: microscope)
     monkeypatch.setattr(credit, "measure", measure)
     monkeypatch.setattr(credit, "KS", (4, 8))
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     with pytest.raises(KeyboardInterrupt):
         credit.run(tmp_path)
     found = credit.run(tmp_path)
