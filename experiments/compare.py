@@ -9,8 +9,7 @@ Paired runs share everything but the method: the base, the data order, the noise
 LoRA's first weights and the number of sampled responses. A stage leaves a JSON per finished run;
 the same command goes on with the rest.
 
-    bases      a base per task and base seed; its audio embeddings are kept in files, so that a run
-               starts at once
+    bases      a base per task and base seed
     rates      learning rates of all methods, on the validation split alone, with a seed that no
                other stage uses
     finals     the two best rates of each once more, on other bases or with another such seed: what
@@ -39,9 +38,7 @@ import re
 import shutil
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +90,8 @@ OF_K = {
 }
 BESIDE = CONFOUNDS | OF_K
 NOISE_STEPS = 20  # the first, whose noise ratio is kept
+METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %", "mean reward x100"
+JUDGED = "BLEU sampled", "mean reward x100"
 MARGIN = 1.0  # point, within which we call two methods equal
 STAGES = ("bases", "rates", "finals", "main", "confounds")
 
@@ -114,28 +113,16 @@ def corpus_of(task: str) -> str:
     return "qa" if task in SETTINGS else task
 
 
-class Heard(data.Split):
-    """Rows and their audio embeddings, which are known."""
-
-    def __init__(self, rows: list[dict], tokenizer, sounds: list[torch.Tensor]):
-        self.rows = rows
-        self.tokenizer = tokenizer
-        self.audio = lambda indices: [sounds[i] for i in indices]
+HEARD = {}  # by base, the splits whose audio this process has embedded
 
 
-def hear(cfg: train.Config, model, tokenizer, device) -> dict[str, Heard]:
-    """The splits, with audio embeddings from files beside the base, made when they are missing."""
-    splits = {}
-    for name, rows in train.load_rows(cfg).items():
-        file = cfg.base_folder / f"{name}.pt"
-        if not file.exists():
-            split = data.Split(name, rows, cfg.cache_gb)
+def splits_of(cfg: train.Config, model, tokenizer) -> dict[str, data.Split]:
+    if cfg.base not in HEARD:
+        rows = train.load_rows(cfg)
+        HEARD[cfg.base] = {name: data.Split(name, rows[name], cfg.cache_gb) for name in rows}
+        for split in HEARD[cfg.base].values():
             split.hear(model, tokenizer)
-            sounds = [sound.clone() for sound in split.audio(list(range(len(rows))))]
-            torch.save(sounds, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
-        splits[name] = Heard(rows, tokenizer, torch.load(file, map_location=device))
-    return splits
+    return HEARD[cfg.base]
 
 
 def make_base(args, task: str, base: int):
@@ -145,7 +132,7 @@ def make_base(args, task: str, base: int):
     rows = data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb)
     train.make_base(cfg, rows, cfg.base_folder, device)
     model, tokenizer = train.load(cfg, device, dtype)
-    splits = hear(cfg, model, tokenizer, device)
+    splits = splits_of(cfg, model, tokenizer)
     predictions = cfg.base_folder / "predictions.jsonl"
     result = {
         "task": task,
@@ -170,12 +157,9 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     # Of a run that was stopped: it is short, and starts again.
     shutil.rmtree(folder, ignore_errors=True)
     device, dtype = train.pick(cfg)
-    began = time.perf_counter()
-    cpu = time.process_time()
     model, tokenizer = train.load(cfg, device, dtype)
-    splits = hear(cfg, model, tokenizer, device)
+    splits = splits_of(cfg, model, tokenizer)
     train.adapt(cfg, model)
-    prepared = time.perf_counter()
     noise = []
     train.train_policy(
         cfg,
@@ -186,7 +170,6 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         folder,
         credit=recording(trained.credit, noise),
     )
-    done = time.perf_counter()
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
     result = {
         "stage": stage,
@@ -195,14 +178,11 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         "base": base,
         "seed": seed,
         "lr": lr,
-        "config": asdict(cfg) | {"out": "", "base": cfg.base_folder.name, "data": bool(cfg.data)},
         "validation": {
             line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line
         },
         # By leaf.gradient_noise: with the tree, without.
         "noise": np.sum(noise[: NOISE_STEPS * cfg.prompts], 0).tolist(),
-        "seconds": {"preparation": prepared - began, "training": done - prepared},
-        "cpu_seconds": time.process_time() - cpu,
         "environment": environment(),
     }
     predictions = folder / "predictions.jsonl"
@@ -357,12 +337,33 @@ def quiet():
 # What came out
 
 
+# At other rates than their own, and at the same K, in the order of the tables.
+PAIRS = [
+    *(("LEAF", other) for other in (BASELINE, PLAIN)),
+    (PLAIN, BASELINE),
+    *((method, other) for method in (NO_ROOT, OURS, HALF_WAY) for other in (BASELINE, PLAIN)),
+    *((method, "LEAF") for method in (NO_ROOT, OURS, HALF_WAY)),
+    ("LEAF", f"{BASELINE} at 0.002"),
+    ("LEAF at 0.001", BASELINE),
+    ("LEAF at 0.001", PLAIN),
+    *(("LEAF", method) for method in CONFOUNDS),
+    ("LEAF, scaled", BASELINE),
+    *(
+        (f"{one}, K={K}", f"{other}, K={K}")
+        for K in KS
+        for one, other in (
+            *(("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE)),
+            *((HALF_WAY, BASELINE), (HALF_WAY, PLAIN)),
+        )
+    ),
+]
+
+
 def keep(args):
     """All finished runs as lines of one small file; nothing that can be computed from them."""
     new = [r | {"stage": stage} for stage in STAGES for r in finished(args, stage)]
     for r in new:
-        r.pop("config", None)
-        r["test"] = {name: r["test"][name] for name in KEPT if name in r.get("test", {})}
+        r["test"] = {name: r["test"][name] for name in METRICS if name in r.get("test", {})}
     rounded = json.loads(json.dumps(new), parse_float=lambda x: round(float(x), 5))
     replaced = {(r["stage"], r["task"]) for r in rounded}
     kept = [r for r in read_kept() if (r["stage"], r["task"]) not in replaced]
@@ -438,12 +439,10 @@ def score_table(runs: list[dict]) -> str:
         own = [r for r in runs if (r["task"], r["method"]) == (task, method)]
         noise = [r["noise"] for r in own if "noise" in r]
         ratio = f"{leaf.noise_ratio(*np.sum(noise, 0)):.2f}" if noise else ""
-        seconds = [r["cpu_seconds"] for r in own if "cpu_seconds" in r]
         rate = f"{own[0]['lr']:g}" if "lr" in own[0] else ""
         scores = [column(own, metric) for metric in METRICS]
         rows.append([task, method, rate, len(own), *scores, ratio])
-        rows[-1].append(f"{statistics.fmean(seconds):.0f}" if seconds else "")
-    header = ["task", "method", "lr", "runs", *METRICS, "noise ratio", "CPU s"]
+    header = ["task", "method", "lr", "runs", *METRICS, "noise ratio"]
     return table(header, rows)
 
 
@@ -468,31 +467,6 @@ def made_by(lines: list[dict]) -> list[str]:
     """What the runs were made with, and how many."""
     environments = [json.dumps(r["environment"]) for r in lines]
     return [f"{environments.count(made)} runs: {made}\n" for made in dict.fromkeys(environments)]
-
-
-METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %", "mean reward x100"
-JUDGED = "BLEU sampled", "mean reward x100"
-KEPT = (*METRICS, "slots heard %")
-# At other rates than their own, and at the same K, in the order of the tables.
-PAIRS = [
-    *(("LEAF", other) for other in (BASELINE, PLAIN)),
-    (PLAIN, BASELINE),
-    *((method, other) for method in (NO_ROOT, OURS, HALF_WAY) for other in (BASELINE, PLAIN)),
-    *((method, "LEAF") for method in (NO_ROOT, OURS, HALF_WAY)),
-    ("LEAF", f"{BASELINE} at 0.002"),
-    ("LEAF at 0.001", BASELINE),
-    ("LEAF at 0.001", PLAIN),
-    *(("LEAF", method) for method in CONFOUNDS),
-    ("LEAF, scaled", BASELINE),
-    *(
-        (f"{one}, K={K}", f"{other}, K={K}")
-        for K in KS
-        for one, other in (
-            *(("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE)),
-            *((HALF_WAY, BASELINE), (HALF_WAY, PLAIN)),
-        )
-    ),
-]
 
 
 def main():

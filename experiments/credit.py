@@ -34,7 +34,7 @@ import leaf
 import train
 from experiments import methods
 from experiments.common import RESULTS, environment, save, student, table
-from experiments.law import relative, rounded
+from experiments.law import predicted_gain, relative, rounded
 from experiments.methods import BASELINE, HALF_WAY, NO_ROOT, OURS, PLAIN
 from lora import lora_parameters
 from model import PrefixTree, Prompts, Rollout, SpeechLM
@@ -286,11 +286,6 @@ def cells(K: int, measured: dict):
 
 # --------------------------------------------------------------------------------------------------
 # Table and figure
-
-
-def predicted_gain(snr: float, noise_ratio: float) -> float:
-    """In cosine, where nothing changes but the noise, by that factor."""
-    return math.sqrt((snr + 1) / (snr + noise_ratio)) - 1
 
 
 def gains(cells: list[dict], rule: str, rival: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from experiments import bench
-from experiments.common import RESULTS, environment
+from experiments.common import RESULTS, environment, table
 from lora import apply_lora, lora_layers
 from model import PrefixTree, SpeechConfig, SpeechLM, TextConfig
 
@@ -140,15 +140,14 @@ def compute(config: SpeechConfig, work: bench.Workload) -> dict:
 
 
 def main():
-    print(
-        "| model, parameters | sampling | update | held | with allowance |\n|---|---|---|---|---|"
-    )
+    rows = []
     result = {"environment": environment(), "models": {}}
     for name, config in MODELS.items():
         sizes = result["models"][name] = compute(config, bench.WORKLOADS["2b"])
         parameters, *gigabytes = sizes.values()
-        cells = " | ".join(f"{gb:.1f} GB" for gb in gigabytes)
-        print(f"| {name}, {parameters / 1e9:.2f}e9 | {cells} |")
+        cells = [f"{gb:.1f} GB" for gb in gigabytes]
+        rows.append([f"{name}, {parameters / 1e9:.2f}e9", *cells])
+    print(table(["model, parameters", "sampling", "update", "held", "with allowance"], rows))
     train.write_json(RESULTS / "footprint.json", result)
 
 

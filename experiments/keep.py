@@ -1,13 +1,11 @@
 """Keep what finished runs report as reference results, and print them as the README's table.
 
-    python -m experiments.keep runs/qa-leaf-seed0 runs/qa-leaf-seed1 ...    copy into
-                                                                            experiments/results/
-    python -m experiments.keep                                              print the table of what
-                                                                            is kept
+    python -m experiments.keep runs/qa-leaf-seed0 runs/qa-leaf-seed1 ...
+    python -m experiments.keep                                              the table alone
 
-For each run: RUN.json (settings, results on the test split, seconds, memory, machine) and, with
---metrics, RUN.jsonl (metrics of every step of policy optimisation). The table has a row per task
-and algorithm, the mean over its runs.
+A run is copied into experiments/results: RUN.json (settings, results on the test split, seconds,
+memory, machine) and, with --metrics, RUN.jsonl (metrics of every step of policy optimisation). The
+table has a row per task and algorithm, the mean over its runs.
 """
 
 import argparse
@@ -17,15 +15,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.common import RESULTS, environment
+from experiments.common import RESULTS, environment, table
 
-COLUMNS = (
-    "BLEU greedy",
-    "BLEU sampled",
-    "exact match %",
-    "slots heard %",
-    "slots, audio swapped %",
-)
+COLUMNS = "BLEU greedy", "BLEU sampled", "exact match %", "slots heard %", "slots, audio swapped %"
 
 
 def keep(run: Path, metrics: bool):
@@ -47,16 +39,18 @@ def show():
             continue
         config = result["config"]
         groups[config["data"] or config["task"], config["algo"], config["base_seed"]].append(result)
-    print("| task, algorithm, base | runs | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
+    rows = []
     for (task, algo, base), runs in sorted(groups.items()):
-        cells = []
-        for column in (c for c in COLUMNS if c in runs[0]["base"]):
+        rows.append([f"{task}, {algo}, base {base}", len(runs)])
+        for column in COLUMNS:
+            if column not in runs[0]["base"]:  # of a corpus without slots
+                rows[-1].append("")
+                continue
             before = mean(run["base"][column] for run in runs)
             trained = [run["trained"][column] for run in runs]
             spread = f" ± {stdev(trained):.1f}" if len(runs) > 1 else ""
-            cells.append(f"{before:.1f} → {mean(trained):.1f}{spread}")
-        print(f"| {task}, {algo}, base {base} | {len(runs)} | " + " | ".join(cells) + " |")
+            rows[-1].append(f"{before:.1f} → {mean(trained):.1f}{spread}")
+    print(table(["task, algorithm, base", "runs", *COLUMNS], rows))
 
 
 def main():

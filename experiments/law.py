@@ -66,6 +66,12 @@ def break_even(n: int, K: float = math.inf, weight: float = 1.0) -> float:
     return (1 - 1 / K) * weight / (2 * n - weight * (n - 1))
 
 
+def predicted_gain(snr: float, noise_ratio: float) -> float:
+    """In cosine, where nothing changes but the noise, by that factor; snr: GRPO's squared signal over
+    its noise."""
+    return math.sqrt((snr + 1) / (snr + noise_ratio)) - 1
+
+
 # --------------------------------------------------------------------------------------------------
 # The model
 
@@ -207,15 +213,10 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
         result["between, leading order"] = fmean(chain_ratio(p[:1], explained) for p in sizes)
         return result
     ratio = {rule: exact[rule] / exact[GRPO] for rule in (TREE, HALF_WAY)}
-    left = {rule: S + N * (1 - share * (1 - ratio[rule])) for rule in ratio}
     result["predicted tails"] = ratio
-    result["predicted gain"] = {rule: math.sqrt((S + N) / left[rule]) - 1 for rule in ratio}
-    # LEAF without the z-score is half-way, with the first span shrunk by the root of n.
-    shrunk = math.sqrt(model.K / model.options)
-    first = signal[0] + noise[GRPO][0]
-    along = S - signal[0] + signal[0] / shrunk
-    length = math.sqrt(left[HALF_WAY] - first + first / shrunk**2)
-    result["predicted gain"]["LEAF, no z-score"] = along / S / length * math.sqrt(S + N) - 1
+    result["predicted gain"] = {
+        rule: predicted_gain(S / N, 1 - share * (1 - ratio[rule])) for rule in ratio
+    }
     return result
 
 
@@ -300,7 +301,7 @@ def show(results: list[dict]):
         "between nodes, leading order": [(r["between, leading order"], r["between"]) for r in more],
         "logged": [(r["logged"], r["noise"][TREE]) for r in results],
     }
-    for rule in (TREE, HALF_WAY, "LEAF, no z-score"):
+    for rule in (TREE, HALF_WAY):
         pairs[f"gain of {rule}"] = [
             (1 + r["predicted gain"][rule], 1 + r["gain"][rule]["value"]) for r in one
         ]
@@ -350,7 +351,7 @@ def plot(results: list[dict]):
         (noise, "B = 2, 4: tails", [(r["leading order"], r["tails"][TREE]) for r in more]),
         (noise, "between nodes", [(r["between, leading order"], r["between"]) for r in more]),
     ]
-    for rule in (TREE, HALF_WAY, "LEAF, no z-score"):
+    for rule in (TREE, HALF_WAY):
         pairs = [(r["predicted gain"][rule], r["gain"][rule]["value"]) for r in one]
         series.append((gains, rule, pairs))
     for rule in (TREE, "LEAF"):
@@ -364,10 +365,8 @@ def plot(results: list[dict]):
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    for axes in (noise, gains):
-        axes.axline(
-            (0.7 if axes is noise else 0, 0.7 if axes is noise else 0), slope=1, color="gray"
-        )
+    for axes, corner in ((noise, 0.7), (gains, 0)):
+        axes.axline((corner, corner), slope=1, color="gray")
     logged.axhline(0, color="gray")
     logged.axvline(1, color="gray")
     save(figure, "law")
