@@ -85,9 +85,7 @@ OWN = {
     "asterisk": {"ctc_steps": 1000, "sft_steps": 1000},
 }
 KS = (4, 16)  # beside the default's 8
-OF_K = {
-    f"{name}, K={K}": with_responses(METHODS[name], K) for K in KS for name in (*PAPERS, HALF_WAY)
-}
+OF_K = {f"{name}, K={K}": with_responses(PAPERS[name], K) for K in KS for name in PAPERS}
 BESIDE = CONFOUNDS | OF_K
 NOISE_STEPS = 20  # the first, whose noise ratio is kept
 METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %", "mean reward x100"
@@ -248,7 +246,7 @@ def rate_of(method: str) -> str:
     """The method whose learning rate a method takes."""
     if method in METHODS:
         return method
-    return next(name for name in (HALF_WAY, PLAIN, BASELINE, "LEAF") if name in method)
+    return next(name for name in PAPERS if name in method)
 
 
 def bases_of(stage: str, task: str) -> range:
@@ -351,10 +349,7 @@ PAIRS = [
     *(
         (f"{one}, K={K}", f"{other}, K={K}")
         for K in KS
-        for one, other in (
-            *(("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE)),
-            *((HALF_WAY, BASELINE), (HALF_WAY, PLAIN)),
-        )
+        for one, other in (("LEAF", BASELINE), ("LEAF", PLAIN), (PLAIN, BASELINE))
     ),
 ]
 
