@@ -2,7 +2,6 @@
 
     python -m experiments.bench                                 shapes small and compact
     python -m experiments.bench --shape default --base FOLDER   a base and rows of train.py
-    python -m experiments.bench --shape long                    the small shape, 400 tokens a response
     python -m experiments.bench --shape 2b                      Granite Speech 3.3 2B; needs CUDA
 
 Three sides take the same training step, from log-mels to updated adapters:
@@ -92,14 +91,12 @@ SMALL = SpeechConfig(
 CONFIGS = {
     "small": SMALL,
     "compact": COMPACT,
-    "long": SMALL,
     "2b": SpeechConfig(EncoderConfig(num_layers=16, output_dim=256), audio_token_index=49160),
 }
 WORKLOADS = {
     "small": Workload(8, 8, 48, 5, 20, 4, 64),
     "compact": Workload(8, 8, 16, 3, 12, 4, 16),
     "default": Workload(8, 8, 32, 0, 0, 4, 16),  # audio and text are those of the rows
-    "long": Workload(2, 8, 400, 5, 20, 4, 64),  # what dense attention is bad at
     "2b": Workload(6, 8, 200, 15, 50, 1, 64),  # the paper's
 }
 
