@@ -1,8 +1,7 @@
 """This repository against transformers + PEFT: the same weights, tokens and machine, in one run.
 
-    python -m experiments.bench                                 shapes small and compact
-    python -m experiments.bench --shape default --base FOLDER   a base and rows of train.py
-    python -m experiments.bench --shape 2b                      Granite Speech 3.3 2B; needs CUDA
+    python -m experiments.bench                 shapes small and compact
+    python -m experiments.bench --shape 2b      Granite Speech 3.3 2B; needs CUDA
 
 Three sides take the same training step, from log-mels to updated adapters:
 
@@ -43,10 +42,8 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-import data
 import leaf
 import train
-from corpora import synthetic
 from experiments.common import RESULTS, environment
 from lora import apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
 from model import EncoderConfig, PrefixTree, ProjectorConfig, SpeechConfig, SpeechLM
@@ -96,7 +93,6 @@ CONFIGS = {
 WORKLOADS = {
     "small": Workload(8, 8, 48, 5, 20, 4, 64),
     "compact": Workload(8, 8, 16, 3, 12, 4, 16),
-    "default": Workload(8, 8, 32, 0, 0, 4, 16),  # audio and text are those of the rows
     "2b": Workload(6, 8, 200, 15, 50, 1, 64),  # the paper's
 }
 
@@ -114,27 +110,18 @@ class Case:
     update_prompts: int
 
 
-def prepare(shape: str, work: Workload, folder: Path, base: Path | None = None) -> int:
-    """Write a base model, an adapter that matters and a case into folder; returns the number of
-    parameters."""
-    if shape == "default":
-        model = SpeechLM.from_pretrained(base, "cpu", DTYPE)
-        tokenizer = data.Tokenizer(base / "tokenizer.model")
-        split = data.Split("train", synthetic.rows("qa", {"train": work.prompts}, 0)["train"], 1.0)
-        mels = split.mels(list(range(work.prompts)))
-        prompts = [tokenizer.encode_prompt(row["prompt"]) for row in split.rows]
-        eos = tokenizer.eos_id
-    else:
-        config = CONFIGS[shape]
-        torch.set_default_dtype(DTYPE)
-        model = SpeechLM(config).init_weights(0)
-        torch.set_default_dtype(torch.float32)
-        torch.manual_seed(0)
-        mels = [torch.randn(50 * work.audio, 160) for _ in range(work.prompts)]
-        text = torch.randint(config.text_config.vocab_size, (work.prompts, work.text)).tolist()
-        half = work.text // 2
-        prompts = [[*row[:half], config.audio_token_index, *row[half:]] for row in text]
-        eos = -1
+def prepare(shape: str, work: Workload, folder: Path) -> int:
+    """Write a base model of random weights, an adapter that matters and a case into folder; returns
+    the number of parameters."""
+    config = CONFIGS[shape]
+    torch.set_default_dtype(DTYPE)
+    model = SpeechLM(config).init_weights(0)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    mels = [torch.randn(50 * work.audio, 160) for _ in range(work.prompts)]
+    text = torch.randint(config.text_config.vocab_size, (work.prompts, work.text)).tolist()
+    half = work.text // 2
+    prompts = [[*row[:half], config.audio_token_index, *row[half:]] for row in text]
     model.eval().save(folder)
     torch.manual_seed(0)
     apply_lora(model, r=work.rank, alpha=2 * work.rank)
@@ -146,7 +133,7 @@ def prepare(shape: str, work: Workload, folder: Path, base: Path | None = None) 
     noise = torch.rand(work.prompts, work.responses, work.tokens).to(DEVICE)
     with torch.no_grad():
         heard = model.embed_prompts(prompts, model.project(model.encode(mels)))
-        rollout = model.sample(heard, noise, eos, 1.0, 0.9).trimmed().to("cpu")
+        rollout = model.sample(heard, noise, -1, 1.0, 0.9).trimmed().to("cpu")
     advantages = torch.randn(rollout.tokens.shape)
     given = (rollout.tokens, rollout.mask, rollout.logp, advantages)
     torch.save(vars(Case(mels, prompts, *given, work.update_prompts)), folder / "case.pt")
@@ -479,12 +466,12 @@ def measure(name: str, folder: Path) -> dict:
     return {"weights_gb": weights / 1e9, "memory_gb": (peak - before) / 1e9}
 
 
-def bench(shape: str, repeats: int = 5, base: Path | None = None) -> dict:
+def bench(shape: str, repeats: int = 5) -> dict:
     """Everything about one shape, printed and returned."""
     work = WORKLOADS[shape]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        parameters = prepare(shape, work, folder, base)
+        parameters = prepare(shape, work, folder)
         sides = {name: load_side(name, folder) for name in SIDES}
         tokens = int(sides["ours"].case.mask.sum())
         print(f"\n{shape}: {parameters:,} parameters, {tokens} tokens scored, {DTYPE} on {DEVICE}")
@@ -531,16 +518,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=["small", "compact"])
-    parser.add_argument("--base", type=Path, help="for --shape default: a base that train.py made")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     args = parser.parse_args()
-    if "default" in args.shape and not args.base:
-        parser.error("--shape default needs --base, the folder of a base model that train.py made")
     if "2b" in args.shape and DEVICE.type != "cuda":
         parser.error("--shape 2b needs a GPU")
     path = RESULTS / "bench.json"
     for shape in args.shape:
-        found = bench(shape, args.repeats, args.base)
+        found = bench(shape, args.repeats)
         results = train.read_json(path) if path.exists() else {}
         name = str(DTYPE).removeprefix("torch.")
         results[f"{shape}, {DEVICE.type}, {name}, {torch.get_num_threads()} threads"] = found

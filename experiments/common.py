@@ -1,5 +1,6 @@
 """What the experiments share: where results lie, what made them, intervals, tables, figures."""
 
+import json
 import platform
 import statistics
 import subprocess
@@ -61,6 +62,11 @@ def interval(clusters: dict[int, list[float]]) -> tuple[float, float]:
         square = sum((x - mean) ** 2 for mean, of in zip(means, clusters.values()) for x in of)
         halves.append(student(freedom) * (square / freedom / len(values)) ** 0.5)
     return statistics.fmean(means), max(halves, default=float("inf"))
+
+
+def rounded(found):
+    """What is to be kept as JSON, its numbers to five decimals."""
+    return json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 5))
 
 
 def table(header: list[str], rows: list[list]) -> str:

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import data
 import leaf
 import train
-from experiments.common import RESULTS, environment, interval, table
+from experiments.common import RESULTS, environment, interval, rounded, table
 from experiments.methods import (
     BASELINE,
     CONFOUNDS,
@@ -279,7 +279,6 @@ def plan(args, stage: str) -> list[tuple]:
     return [
         (stage, task, method, base, seed, lr)
         for task, seed, base, method in cells
-        if not args.methods or method in args.methods
         for lr in rates[task, rate_of(method)]
     ]
 
@@ -359,10 +358,10 @@ def keep(args):
     new = [r | {"stage": stage} for stage in STAGES for r in finished(args, stage)]
     for r in new:
         r["test"] = {name: r["test"][name] for name in METRICS if name in r.get("test", {})}
-    rounded = json.loads(json.dumps(new), parse_float=lambda x: round(float(x), 5))
-    replaced = {(r["stage"], r["task"]) for r in rounded}
+    replaced = {(r["stage"], r["task"]) for r in new}
     kept = [r for r in read_kept() if (r["stage"], r["task"]) not in replaced]
-    (RESULTS / "compare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept + rounded))
+    lines = [*kept, *map(rounded, new)]
+    (RESULTS / "compare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     print(f"{len(new)} runs are new in {RESULTS / 'compare.jsonl'}, {len(kept)} stay")
 
 
@@ -478,9 +477,6 @@ def main():
         "--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)"
     )
     parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *SETTINGS), default=TASKS)
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS | BESIDE, metavar="NAME", help="only these"
-    )
     parser.add_argument(
         "--corpus", type=Path, default=Path("data/asterisk"), help="what corpora.asterisk made"
     )

@@ -33,8 +33,8 @@ import data
 import leaf
 import train
 from experiments import methods
-from experiments.common import RESULTS, environment, save, student, table
-from experiments.law import predicted_gain, relative, rounded
+from experiments.common import RESULTS, environment, rounded, save, student, table
+from experiments.law import predicted_gain, relative
 from experiments.methods import BASELINE, HALF_WAY, NO_ROOT, OURS, PLAIN
 from lora import lora_parameters
 from model import PrefixTree, Prompts, Rollout, SpeechLM

@@ -4,8 +4,8 @@
 
     tests       test_leaf.py, its section for the device included
     default     `python train.py`, with a CUDA graph and without: seconds, memory, BLEU, tokens/s
-    bench       experiments.bench at three sizes, the last that of the 2B in the paper's setting, with
-                random weights: what it takes is to be held against experiments.footprint
+    bench       experiments.bench at two sizes, the last that of the 2B in the paper's setting: what
+                it takes is to be held against experiments.footprint
 
 Each part is written when it is done; the same command goes on with what is missing. What does not
 fit into the card's memory is noted as such.
@@ -52,7 +52,6 @@ PARTS = {
     "default": default,
     "default without graph": partial(default, "--no-cuda-graph"),
     "bench compact": partial(bench.bench, "compact"),
-    "bench default": partial(bench.bench, "default", base=RUNS / "base-qa-seed0"),
     "bench 2b": partial(bench.bench, "2b"),
 }
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import leaf
 import train
 from experiments import methods
-from experiments.common import RESULTS, environment, save, table
+from experiments.common import RESULTS, environment, rounded, save, table
 
 RESPONSES = 64  # of a batch
 BATCHES = 400
@@ -283,12 +283,6 @@ def grid() -> list[Model]:
     return models
 
 
-def rounded(x):
-    if isinstance(x, dict):
-        return {name: rounded(value) for name, value in x.items()}
-    return round(float(x), 4) if isinstance(x, float) else x
-
-
 def show(results: list[dict]):
     """How far prediction and measurement are apart, then every model."""
     one = [r for r in results if "predicted tails" in r]
@@ -305,10 +299,6 @@ def show(results: list[dict]):
         pairs[f"gain of {rule}"] = [
             (1 + r["predicted gain"][rule], 1 + r["gain"][rule]["value"]) for r in one
         ]
-    gains = [1 + r["gain"][TREE]["value"] for r in results]
-    pairs[f"gain of {TREE}, from what is logged"] = [
-        (r["logged"] ** -0.5, gain) for r, gain in zip(results, gains)
-    ]
     rows = []
     for name, values in pairs.items():
         x, y = np.array(values).T

@@ -263,7 +263,7 @@ TINY = dict(
 
 def arguments(**given):
     """Of compare's command line, as far as it is read."""
-    defaults = dict(corpus=None, seeds=5, lr=None, methods=None)
+    defaults = dict(corpus=None, seeds=5, lr=None)
     return types.SimpleNamespace(**defaults | given)
 
 
@@ -294,9 +294,9 @@ def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeyp
     assert [job[2] for job in jobs] == list(methods.METHODS)
     asked = compare.plan(arguments(out=tmp_path, tasks=["qa"], lr=5e-4), "main")
     assert asked == [(*job[:-1], 5e-4) for job in compare.plan(args, "main")]
-    some = arguments(out=tmp_path, tasks=["early"], methods=["LEAF, K=4"], seeds=2)
-    assert {job[1:3] for job in compare.plan(some, "confounds")} == {("qa", "LEAF, K=4")}
-    assert [job[4] for job in compare.plan(some, "confounds")] == [0, 1]
+    beside = compare.plan(arguments(out=tmp_path, tasks=["early"], seeds=2), "confounds")
+    assert {job[1:3] for job in beside} == {("qa", method) for method in compare.BESIDE}
+    assert {job[4] for job in beside} == {0, 1}
     for job in jobs:
         compare.run(args, *job)
     runs = compare.finished(args, "main")
@@ -336,15 +336,17 @@ def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
     jobs = [job for job in compare.plan(args, "main") if job[4] == 0]
     assert len(jobs) == 2 * len(methods.METHODS)
     wanted = {"early-K32": compare.HALF_WAY, "qa": "LEAF"}
+    policies = []
+    adapt = train.adapt
+    monkeypatch.setattr(train, "adapt", lambda *given: policies.append(given[0]) or adapt(*given))
     seen = {}
     for job in jobs:
         if job[2] == wanted[job[1]]:
             compare.run(args, *job)
-            seen[job[1]] = data.reward
-    assert seen == {"early-K32": compare.first_words, "qa": compare.BLEU}
+            seen[job[1]] = data.reward, policies[-1].responses, policies[-1].prompts
+    assert seen == {"early-K32": (compare.first_words, 32, 2), "qa": (compare.BLEU, 4, 2)}
     found = {r["task"]: r for r in compare.finished(args, "main")}
     early = found["early-K32"]
-    assert (early["config"]["responses"], early["config"]["prompts"]) == (32, 2)
     assert list(early["validation"]) == ["2"] and "mean reward x100" in early["test"]
     assert len(early["noise"]) == len(found["qa"]["noise"]) == 2
     assert f"| early-K32 | {compare.HALF_WAY} |" in compare.score_table(list(found.values()))
@@ -552,7 +554,7 @@ def test_the_three_sides_of_the_benchmark_compute_the_same(tmp_path, monkeypatch
     monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(bench, "DTYPE", torch.float32)
     bench.prepare("compact", bench.Workload(2, 2, 3, 1, 4, 1, 2), tmp_path)
-    # As in the shape "default": recordings of different lengths, and a response that ended.
+    # As real rows have: recordings of different lengths, and a response that ended.
     case = torch.load(tmp_path / "case.pt")
     case["mels"][0] = case["mels"][0][:20]
     case["mask"][0, 0, 2] = False
