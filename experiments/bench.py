@@ -23,7 +23,6 @@ and what its first step adds at its peak. OMP_NUM_THREADS says how many threads.
 experiments/results/bench.json.
 """
 
-import argparse
 import gc
 import multiprocessing
 import os
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 import leaf
 import train
-from experiments.common import RESULTS, environment
+from experiments.common import RESULTS, command_line, environment, table
 from lora import apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
 from model import EncoderConfig, PrefixTree, ProjectorConfig, SpeechConfig, SpeechLM
 
@@ -103,8 +102,7 @@ class Case:
 
     mels: list[torch.Tensor]  # (frames, 160) each
     prompts: list[list[int]]  # token ids, one audio token each
-    tokens: torch.Tensor  # (P, K, T)
-    mask: torch.Tensor  # (P, K, T), false behind a response's end
+    tokens: torch.Tensor  # (P, K, T), all responses of T tokens
     logp: torch.Tensor  # (P, K, T), as our sampler returned them
     advantages: torch.Tensor  # (P, K, T)
     update_prompts: int
@@ -133,9 +131,9 @@ def prepare(shape: str, work: Workload, folder: Path) -> int:
     noise = torch.rand(work.prompts, work.responses, work.tokens).to(DEVICE)
     with torch.no_grad():
         heard = model.embed_prompts(prompts, model.project(model.encode(mels)))
-        rollout = model.sample(heard, noise, -1, 1.0, 0.9).trimmed().to("cpu")
+        rollout = model.sample(heard, noise, -1, 1.0, 0.9).to("cpu")
     advantages = torch.randn(rollout.tokens.shape)
-    given = (rollout.tokens, rollout.mask, rollout.logp, advantages)
+    given = (rollout.tokens, rollout.logp, advantages)
     torch.save(vars(Case(mels, prompts, *given, work.update_prompts)), folder / "case.pt")
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
@@ -155,12 +153,13 @@ class Side:
             self.adapters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.P, self.K, self.T = case.tokens.shape
+        self.mask = torch.ones_like(case.tokens, dtype=torch.bool)
         self.device = case.tokens.device
         self.updates = train.micro_batches(0, self.P, case.update_prompts)
 
     def loss(self, logp, old, ref, at):
         """Of log-probabilities (..., T) of the responses that at selects."""
-        given = (old, ref, self.case.advantages, self.case.mask)
+        given = (old, ref, self.case.advantages, self.mask)
         flat = (x[at].reshape(-1, self.T) for x in given)
         loss, _ = leaf.policy_loss(logp.reshape(-1, self.T), *flat, clip=0.2, kl_coef=0.02)
         return loss
@@ -218,8 +217,7 @@ class Ours(Side):
 
     @torch.no_grad()
     def reference(self):
-        groups = zip(self.case.tokens.cpu(), self.case.mask.sum(-1).cpu())
-        self.trees = [PrefixTree(tokens, lengths) for tokens, lengths in groups]
+        self.trees = [PrefixTree(group, [self.T] * self.K) for group in self.case.tokens.cpu()]
         with lora_disabled(self.model):
             return torch.cat([self.logp(prompts) for prompts in self.updates])
 
@@ -261,15 +259,12 @@ class Official(Side):
 
     def logp(self, model, p: int, k: slice):
         """Of responses k of prompt p, (k, T)."""
-        T = int(self.case.mask[p, k].sum(-1).max())
-        tokens, seen = self.case.tokens[p, k, :T], self.case.mask[p, k, :T]
-        prompt = self.ids[p].expand(len(tokens), -1)
-        ids = torch.cat((prompt, tokens), 1)
-        attended = torch.cat((torch.ones_like(prompt), seen), 1)
+        tokens = self.case.tokens[p, k]
+        ids = torch.cat((self.ids[p].expand(len(tokens), -1), tokens), 1)
         features = self.case.mels[p].repeat(len(tokens), 1, 1)
+        attended = torch.ones_like(ids)
         logits = model(input_ids=ids, attention_mask=attended, input_features=features).logits
-        logp = logits[:, :-1].log_softmax(-1)[:, -T:].gather(-1, tokens[..., None])[..., 0]
-        return F.pad(logp, (0, self.T - T))
+        return logits[:, :-1].log_softmax(-1)[:, -self.T :].gather(-1, tokens[..., None])[..., 0]
 
     @torch.no_grad()
     def policy(self):
@@ -292,56 +287,37 @@ class Tuned(Side):
     @torch.no_grad()
     def hear(self):
         embed = self.model.get_input_embeddings()
-        batches = [mel[None] for mel in self.case.mels]
-        if len({len(mel) for mel in self.case.mels}) == 1:  # or their encoder hears the padding
-            batches = [torch.stack(self.case.mels)]
-        sounds = []
-        for mels in batches:
-            sounds += self.model.get_audio_features(mels.to(DTYPE)).pooler_output
+        mels = torch.stack(self.case.mels).to(DTYPE)
+        sounds = self.model.get_audio_features(mels).pooler_output
         rows = []
         for ids, sound in zip(self.case.prompts, sounds):
             at = ids.index(self.model.config.audio_token_index)
             ids = torch.tensor(ids, device=self.device)
             rows.append(torch.cat((embed(ids[:at]), sound, embed(ids[at + 1 :]))))
-        self.x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        L = self.x.shape[1]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        self.valid = torch.arange(L, device=self.device) >= (L - lengths)[:, None]
+        self.x = torch.stack(rows)
 
     def prefill(self, prompts):
-        """Last logits and cache of prompts, each repeated K times, and who is no padding up to T
-        tokens on. Positions count padding, too: only their differences matter."""
+        """Last logits and cache of prompts, each repeated K times."""
         cache = transformers.DynamicCache(config=self.model.config)
-        seen = None  # faster kernels
-        if not self.valid[prompts].all():
-            seen = F.pad(self.valid[prompts], (0, self.T), value=True)
-        logits = self.follow(self.x[prompts], cache, seen, keep=1)
+        logits = self.follow(self.x[prompts], cache, keep=1)
         cache.batch_repeat_interleave(self.K)
-        if seen is not None:
-            seen = seen.repeat_interleave(self.K, 0)
-        return logits.repeat_interleave(self.K, 0), cache, seen
+        return logits.repeat_interleave(self.K, 0), cache
 
-    def follow(self, x, cache, seen, keep=0):
-        """Logits after embeddings x (rows, n, C) that follow what is in the cache; keep: how many,
-        or a mask, if not all are wanted."""
-        end = cache.get_seq_length() + x.shape[1]
-        return self.model(
-            inputs_embeds=x,
-            past_key_values=cache,
-            use_cache=True,
-            attention_mask=None if seen is None else seen[:, :end],
-            logits_to_keep=keep,
-        ).logits
+    def follow(self, x, cache, keep=0):
+        """Logits after embeddings x (rows, n, C) that follow what is in the cache; of the last keep
+        alone, unless that is 0. There is no padding, and without a mask kernels are faster."""
+        given = {"inputs_embeds": x, "past_key_values": cache, "use_cache": True}
+        return self.model(**given, logits_to_keep=keep).logits
 
     @torch.no_grad()
     def sample(self, greedy=False):
         embed = self.model.get_input_embeddings()
         self.model.merge_adapter()
-        logits, *state = self.prefill(slice(None))
+        logits, cache = self.prefill(slice(None))
         tokens, logq = [], []
         for t in range(self.T):
             if t:
-                logits = self.follow(embed(tokens[-1]), *state)
+                logits = self.follow(embed(tokens[-1]), cache)
             q, order = logits[:, -1].float().softmax(-1).sort(-1, descending=True)
             if greedy:
                 tokens.append(order[:, :1])
@@ -356,15 +332,12 @@ class Tuned(Side):
         return torch.cat(tokens, 1).view(self.P, self.K, self.T)
 
     def logp(self, prompts):
-        tokens, mask = (x[prompts].flatten(0, 1) for x in (self.case.tokens, self.case.mask))
-        first, *state = self.prefill(prompts)
-        x = self.model.get_input_embeddings()(tokens[:, :-1])
-        rest = self.follow(x, *state, keep=mask[:, 1:])
-        targets = torch.cat((tokens[:, 0], tokens[:, 1:][mask[:, 1:]]))
-        nll = F.cross_entropy(torch.cat((first[:, 0], rest)).float(), targets, reduction="none")
-        head, tail = nll.split((len(tokens), len(nll) - len(tokens)))
-        tail = torch.zeros_like(tokens[:, 1:], dtype=nll.dtype).masked_scatter(mask[:, 1:], tail)
-        return -torch.cat((head[:, None], tail), 1).view(-1, self.K, self.T)
+        tokens = self.case.tokens[prompts].flatten(0, 1)
+        first, cache = self.prefill(prompts)
+        rest = self.follow(self.model.get_input_embeddings()(tokens[:, :-1]), cache)
+        logits = torch.cat((first, rest), 1).float()
+        nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        return -nll.view(-1, self.K, self.T)
 
     @torch.no_grad()
     def policy(self):
@@ -425,7 +398,7 @@ def prove(sides: dict[str, Side]) -> dict:
         gradient = torch.cat([p.grad.flatten() for p in side.adapters])
         side.adam.zero_grad(set_to_none=True)
         responses = {"greedy tokens": greedy, "log-probs": old, "reference log-probs": ref}
-        found[name] = {what: x[side.case.mask].double() for what, x in responses.items()}
+        found[name] = {what: x.double() for what, x in responses.items()}
         found[name]["gradient"] = gradient.double()
     proof = {"official": {}, "tuned": {}}
     for name, gaps in proof.items():
@@ -473,7 +446,7 @@ def bench(shape: str, repeats: int = 5) -> dict:
         folder = Path(folder)
         parameters = prepare(shape, work, folder)
         sides = {name: load_side(name, folder) for name in SIDES}
-        tokens = int(sides["ours"].case.mask.sum())
+        tokens = sides["ours"].mask.numel()
         print(f"\n{shape}: {parameters:,} parameters, {tokens} tokens scored, {DTYPE} on {DEVICE}")
         proof = prove(sides)
         timed = {name: [] for name in SIDES}
@@ -501,22 +474,18 @@ def bench(shape: str, repeats: int = 5) -> dict:
 
 
 def show(medians: dict, tokens: int):
-    print("\n| ms and MB | ours | official | tuned | official/ours | tuned/ours |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for key, ours in medians["ours"].items():
-        official = medians["official"][key]
-        tuned = medians["tuned"][key]
-        cells = [f"{1e3 * value:.1f}" for value in (ours, official, tuned)]
+        times = [medians[name][key] for name in SIDES]
+        rows.append([key.removesuffix("_gb"), *(f"{1e3 * value:.1f}" for value in times)])
         if key != "old log-probs":  # ours has them already
-            cells += [f"{official / ours:.2f}", f"{tuned / ours:.2f}"]
-        print(f"| {key.removesuffix('_gb')} | " + " | ".join(cells) + " |")
+            rows[-1] += [f"{value / ours:.2f}" for value in times[1:]]
+    print(table(["ms and MB", *SIDES, "official/ours", "tuned/ours"], rows))
     print(f"ours: {tokens / medians['ours']['step']:.0f} tokens/s")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=["small", "compact"])
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     args = parser.parse_args()

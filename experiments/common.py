@@ -1,14 +1,25 @@
 """What the experiments share: where results lie, what made them, intervals, tables, figures."""
 
+import argparse
 import json
 import platform
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help begins with a script's docstring."""
+    name = Path(sys.argv[0]).stem
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        f"python -m experiments.{name}", None, doc, formatter_class=layout
+    )
 
 
 def processor() -> str:

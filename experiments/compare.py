@@ -28,7 +28,6 @@ in place; what is chosen and judged by is then the mean reward. Run processes as
 cores: each computes with one thread, so a result does not depend on how many run.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -48,7 +47,7 @@ from tqdm import tqdm
 import data
 import leaf
 import train
-from experiments.common import RESULTS, environment, interval, rounded, table
+from experiments.common import RESULTS, command_line, environment, interval, rounded, table
 from experiments.methods import (
     BASELINE,
     CONFOUNDS,
@@ -464,14 +463,7 @@ def made_by(lines: list[dict]) -> list[str]:
 
 
 def main():
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m experiments.compare",
-        None,
-        summary,
-        details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__)
     parser.add_argument("stages", nargs="+", choices=(*STAGES, "keep", "report"))
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), help="runs (default: %(default)s)"

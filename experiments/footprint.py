@@ -108,7 +108,6 @@ def compute(config: SpeechConfig, work: bench.Workload) -> dict:
             mels=[],
             prompts=[[*text, config.audio_token_index, *text]] * P,
             tokens=torch.zeros(P, K, T, dtype=torch.int64),
-            mask=torch.ones(P, K, T, dtype=torch.bool),
             logp=torch.zeros(P, K, T),
             advantages=torch.ones(P, K, T),
             update_prompts=work.update_prompts,

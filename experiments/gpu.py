@@ -11,7 +11,6 @@ Each part is written when it is done; the same command goes on with what is miss
 fit into the card's memory is noted as such.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -23,7 +22,7 @@ import torch
 
 import train
 from experiments import bench
-from experiments.common import RESULTS, environment
+from experiments.common import RESULTS, command_line, environment
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "gpu"
@@ -74,9 +73,7 @@ def measure_parts(parts: dict, path: Path):
 
 
 def main():
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    command_line(__doc__).parse_args()
     if not torch.cuda.is_available():
         print("error: experiments.gpu measures a CUDA GPU, and PyTorch sees none", file=sys.stderr)
         sys.exit(2)

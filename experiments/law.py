@@ -11,7 +11,6 @@ each place, so a token's gradient is its one-hot vector minus the probabilities 
 leaf.py's and methods.py's; noise is what a batch's gradient has beside its prompts' true one.
 """
 
-import argparse
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import leaf
 import train
 from experiments import methods
-from experiments.common import RESULTS, environment, rounded, save, table
+from experiments.common import RESULTS, command_line, environment, rounded, save, table
 
 RESPONSES = 64  # of a batch
 BATCHES = 400
@@ -363,8 +362,7 @@ def plot(results: list[dict]):
 
 
 def main():
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = command_line(__doc__)
     parser.add_argument("--plot", action="store_true", help="from what is measured already")
     args = parser.parse_args()
     file = RESULTS / "law.json"
