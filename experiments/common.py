@@ -17,9 +17,8 @@ def command_line(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help begins with a script's docstring."""
     name = Path(sys.argv[0]).stem
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        f"python -m experiments.{name}", None, doc, formatter_class=layout
-    )
+    prog = f"python -m experiments.{name}"
+    return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=layout)
 
 
 def processor() -> str:
@@ -87,5 +86,4 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def save(figure, name: str):
     figure.tight_layout()
-    for kind in ("png", "svg"):
-        figure.savefig(RESULTS / f"{name}.{kind}", dpi=130)
+    figure.savefig(RESULTS / f"{name}.png", dpi=130)

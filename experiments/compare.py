@@ -2,7 +2,7 @@
 
     python -m experiments.compare bases rates finals main    # the work, below --out
     python -m experiments.compare bases rates finals main --tasks early early-K32 late
-    python -m experiments.compare confounds                  # K, the KL weight, the length of a step
+    python -m experiments.compare confounds --tasks qa       # K, and the weight of the KL
     python -m experiments.compare keep report                # copy what is finished; tables
 
 Paired runs share everything but the method: the base, the data order, the noise of the rollouts,
@@ -12,12 +12,12 @@ the same command goes on with the rest.
     bases      a base per task and base seed
     rates      learning rates of all methods, on the validation split alone, with a seed that no
                other stage uses
-    finals     the two best rates of each once more, on other bases or with another such seed: what
-               differs by less than the noise
+    finals     the two best rates of each once more, on other bases or with another such seed; both
+               stages' runs together choose
     main       tasks x methods x bases x seeds, each method at its own best rate of its task, or all
                at --lr
-    confounds  on qa: LEAF and GRPO of as long a step or as heavy a penalty, and with other K, at
-               the rates of their kind
+    confounds  LEAF and GRPO with the KL weighed against the gradient as the other has it, and with
+               other K, each at the rate of the method that it varies
 
     keep       the finished runs, a line each, in experiments/results/compare.jsonl, in the place of
                those that it had of the same stage and task
@@ -28,7 +28,6 @@ in place; what is chosen and judged by is then the mean reward. Run processes as
 cores: each computes with one thread, so a result does not depend on how many run.
 """
 
-import functools
 import itertools
 import json
 import multiprocessing
@@ -53,7 +52,7 @@ from experiments.methods import (
     CONFOUNDS,
     HALF_WAY,
     METHODS,
-    NO_ROOT,
+    NO_MULTIPLICITY,
     OURS,
     PAPERS,
     PLAIN,
@@ -70,10 +69,10 @@ SETTINGS = {"early": (first_words, 8), "early-K32": (first_words, 32), "late": (
 SHORT = {"steps": 50, "max_new_tokens": 20}
 BLEU = data.reward
 BASES = range(4)
-SEEDS = range(5)
+SEEDS = 5
 RATE_SEEDS = {"rates": 100, "finals": 101}
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
-# Longer where 1e-3, its end, was the best of some.
+# asterisk has one more: 1e-3, the lowest of the grid, was the best of some methods.
 RATES = {"qa": GRID, "translation": GRID, "asterisk": (5e-4, *GRID)}
 RATES |= dict.fromkeys(SETTINGS, GRID[1:])
 RUN = {"steps": 100, "eval_every": 25, "save_every": 50}
@@ -88,7 +87,7 @@ OF_K = {f"{name}, K={K}": with_responses(PAPERS[name], K) for K in KS for name i
 BESIDE = CONFOUNDS | OF_K
 NOISE_STEPS = 20  # the first, whose noise ratio is kept
 METRICS = "BLEU greedy", "BLEU sampled", "exact match sampled %", "mean reward x100"
-JUDGED = "BLEU sampled", "mean reward x100"
+JUDGED = dict.fromkeys(TASKS, "BLEU sampled") | dict.fromkeys(SETTINGS, "mean reward x100")
 MARGIN = 1.0  # point, within which we call two methods equal
 STAGES = ("bases", "rates", "finals", "main", "confounds")
 
@@ -157,7 +156,6 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     model, tokenizer = train.load(cfg, device, dtype)
     splits = splits_of(cfg, model, tokenizer)
     train.adapt(cfg, model)
-    noise = []
     train.train_policy(
         cfg,
         model,
@@ -165,44 +163,30 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
         splits["train"],
         splits["validation"] if task in TASKS else None,
         folder,
-        credit=recording(trained.credit, noise),
+        credit=trained.credit,
     )
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
+    noise = [[line[name] for name in train.NOISE] for line in lines[:NOISE_STEPS]]
+    predictions = folder / "predictions.jsonl"
+    if task in SETTINGS:  # chosen by its own reward
+        scores = train.evaluate(model, tokenizer, splits["validation"], cfg, predictions)
+        validation = {cfg.steps: scores["mean reward x100"]}
+    else:
+        validation = {x["step"]: x["validation_bleu"] for x in lines if "validation_bleu" in x}
     result = {
-        "stage": stage,
         "task": task,
         "method": method,
         "base": base,
         "seed": seed,
         "lr": lr,
-        "validation": {
-            line["step"]: line["validation_bleu"] for line in lines if "validation_bleu" in line
-        },
-        # By leaf.gradient_noise: with the tree, without.
-        "noise": np.sum(noise[: NOISE_STEPS * cfg.prompts], 0).tolist(),
+        "validation": validation,
+        "noise": (cfg.prompts * np.sum(noise, 0)).tolist(),  # with the tree, without
         "environment": environment(),
     }
-    predictions = folder / "predictions.jsonl"
-    if task in SETTINGS:
-        scores = train.evaluate(model, tokenizer, splits["validation"], cfg, predictions)
-        result["validation"] = {cfg.steps: scores["mean reward x100"]}
     if stage not in RATE_SEEDS:
         result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, predictions)
     train.write_json(file, result)
     shutil.rmtree(folder)
-
-
-def recording(rule, noise: list):
-    """The credit rule, which then appends leaf.gradient_noise of the prompt to a list."""
-
-    @functools.wraps(rule)
-    def recorded(cfg, tokens, lengths, surprisal, rewards):
-        advantages, boundaries = rule(cfg, tokens, lengths, surprisal, rewards)
-        group = (tokens, lengths, surprisal, rewards, boundaries)
-        noise.append(leaf.gradient_noise(*group))
-        return advantages, boundaries
-
-    return recorded
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,13 +206,13 @@ def finished(args, stage: str) -> list[dict]:
 
 
 def at_end(result: dict) -> float:
-    """Validation BLEU after the last step."""
+    """The validation score after the last step: greedy BLEU, or a setting's mean reward."""
     return list(result["validation"].values())[-1]
 
 
 def best_rates(runs: list[dict], count: int) -> dict[tuple[str, str], list[float]]:
-    """By (task, method), the rates with the best mean validation BLEU at the end, of those with the
-    most runs."""
+    """By (task, method), the rates with the best mean validation score at the end, of those with
+    the most runs."""
     scores = {}
     for r in runs:
         of_method = scores.setdefault((r["task"], r["method"]), {})
@@ -259,11 +243,8 @@ def plan(args, stage: str) -> list[tuple]:
     """(stage, task, method, base, seed, lr) of a stage's runs: pairs side by side, every base
     before any twice."""
     tasks = args.tasks
-    methods = METHODS
-    seeds = [RATE_SEEDS[stage]] if stage in RATE_SEEDS else SEEDS[: args.seeds]
-    if stage == "confounds":
-        tasks = TASKS[:1]
-        methods = BESIDE
+    methods = BESIDE if stage == "confounds" else METHODS
+    seeds = [RATE_SEEDS[stage]] if stage in RATE_SEEDS else range(args.seeds)
     if stage == "rates":
         rates = {(task, method): RATES[task] for task in tasks for method in METHODS}
     elif stage == "finals":
@@ -333,13 +314,16 @@ def quiet():
 # What came out
 
 
-# At other rates than their own, and at the same K, in the order of the tables.
+# What is compared, in the order of the tables; "at" marks a rate that is not the method's own.
 PAIRS = [
     *(("LEAF", other) for other in (BASELINE, PLAIN)),
     (PLAIN, BASELINE),
-    *((method, other) for method in (NO_ROOT, OURS, HALF_WAY) for other in (BASELINE, PLAIN)),
-    *((method, "LEAF") for method in (NO_ROOT, OURS, HALF_WAY)),
-    ("LEAF", f"{BASELINE} at 0.002"),
+    *(
+        (method, other)
+        for method in (NO_MULTIPLICITY, OURS, HALF_WAY)
+        for other in (BASELINE, PLAIN)
+    ),
+    *((method, "LEAF") for method in (NO_MULTIPLICITY, OURS, HALF_WAY)),
     ("LEAF at 0.001", BASELINE),
     ("LEAF at 0.001", PLAIN),
     *(("LEAF", method) for method in CONFOUNDS),
@@ -421,7 +405,8 @@ def rate_table(runs: list[dict], best: dict) -> str:
             cell = ", ".join(f"{statistics.fmean(of):.1f} ({len(of)})" for of in scores if of)
             row.append(f"**{cell}**" if [lr] == best[task, method] else cell)
         rows.append(row)
-    return table(["validation (runs), of finals", "method", *(f"{lr:g}" for lr in rates)], rows)
+    header = ["task", "method", *(f"{lr:g}" for lr in rates)]
+    return table(header, rows) + "\nValidation of rates, finals (runs).\n"
 
 
 def score_table(runs: list[dict]) -> str:
@@ -444,15 +429,14 @@ def difference_table(runs: list[dict]) -> str:
     by_key = {(r["task"], r["method"], r["base"], r["seed"]): r for r in runs}
     rows = []
     for task in (*TASKS, *SETTINGS):
-        judged = JUDGED[1 if task in SETTINGS else 0]
         for one, other in PAIRS:
             found = {m: difference(by_key, (task, one), (task, other), m) for m in METRICS}
-            if found[judged]:
-                pairs, *said = found[judged]
+            if found[JUDGED[task]]:
+                pairs, *said = found[JUDGED[task]]
                 cells = [f"{mean:+.2f} ± {half:.2f}" for _, mean, half in found.values()]
                 rows.append([task, f"{one} − {other}", pairs, *cells, verdict(*said)])
-    note = f"{len(rows)} differences in {len(METRICS)} metrics; the verdict is on {JUDGED[0]}"
-    note += f", or {JUDGED[1]} for {', '.join(SETTINGS)}\n"
+    note = f"{len(rows)} differences in {len(METRICS)} metrics; the verdict is on {JUDGED['qa']}"
+    note += f", or {JUDGED['early']} for {', '.join(SETTINGS)}\n"
     return table(["task", "difference", "pairs", *METRICS, "verdict"], rows) + "\n" + note
 
 
@@ -482,7 +466,7 @@ def main():
         "--lr", type=float, help="main or confounds at this rate instead of each method's best"
     )
     parser.add_argument(
-        "--seeds", type=int, default=len(SEEDS), help="of each base (default: %(default)s)"
+        "--seeds", type=int, default=SEEDS, help="of each base (default: %(default)s)"
     )
     args = parser.parse_args()
     for stage in args.stages:

@@ -2,7 +2,7 @@
 turns the reward from what a tree can help with to what it cannot.
 
     python -m experiments.credit --out runs/credit     trains the base, measures; resumable
-    python -m experiments.credit --plot                the table and the figure again
+    python -m experiments.credit --plot                from results/dial.json: the table, dial.png
 
 The policy is the default base of the task "qa" with fresh LoRA, so the gradient is that of LoRA's
 B: the first step of training. The dial is lambda in the reward lambda E + (1 - lambda) L, of which
@@ -34,7 +34,7 @@ import train
 from experiments import methods
 from experiments.common import RESULTS, command_line, environment, rounded, save, student, table
 from experiments.law import predicted_gain, relative
-from experiments.methods import BASELINE, HALF_WAY, NO_ROOT, OURS, PLAIN
+from experiments.methods import BASELINE, HALF_WAY, NO_MULTIPLICITY, OURS, PLAIN
 from lora import lora_parameters
 from model import PrefixTree, Prompts, Rollout, SpeechLM
 
@@ -57,7 +57,7 @@ MIX = torch.tensor([[float(x) for x in weights] for weights in REWARDS.values()]
 
 
 def grpo(tokens, lengths, rewards, boundaries, std_floor: float):
-    """Past the lengths too, where it has no weight."""
+    """Behind a response's end, too, where gradients() gives it no weight."""
     return leaf.grpo_advantages(rewards, [tokens.shape[1]] * len(tokens), std_floor)
 
 
@@ -67,8 +67,8 @@ RULES = {
     OURS: partial(methods.leave_one_out, normalize=False),
     BASELINE: partial(grpo, std_floor=1 / 3),
     PLAIN: partial(grpo, std_floor=0.0),
-    LEAF: partial(leaf.leaf_advantages, surprisal=None),  # which has picked the boundaries
-    NO_ROOT: partial(leaf.leaf_advantages, surprisal=None, multiplicity=False),
+    LEAF: partial(leaf.leaf_advantages, surprisal=None),  # the boundaries are given
+    NO_MULTIPLICITY: partial(leaf.leaf_advantages, surprisal=None, multiplicity=False),
 }
 SURPRISAL, EVEN = "surprisal", "even"
 NO_TREE = (SURPRISAL, 0)
@@ -77,10 +77,10 @@ TREES = [(where, B) for where in (SURPRISAL, EVEN) for B in (2, 4)]
 FOR_BASIS = [(OTHERS, NO_TREE), *itertools.product([OURS], TREES)]
 COMBINED = [*FOR_BASIS, *itertools.product([HALF_WAY], TREES)]
 FOR_ALL = [(BASELINE, NO_TREE), (PLAIN, NO_TREE), *itertools.product([LEAF], TREES)]
-FOR_ALL += itertools.product([NO_ROOT], TREES[:2])
+FOR_ALL += itertools.product([NO_MULTIPLICITY], TREES[:2])
 COLUMNS = [*COMBINED, *FOR_ALL]
 RIVALS = dict.fromkeys((OURS, HALF_WAY), (BASELINE, PLAIN, OTHERS))
-RIVALS |= dict.fromkeys((LEAF, NO_ROOT), (BASELINE, PLAIN))
+RIVALS |= dict.fromkeys((LEAF, NO_MULTIPLICITY), (BASELINE, PLAIN))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,8 +166,9 @@ def roll(policy: Policy, indices: list[int], n: int, stream: int, K: int, top_p:
 def gradients(policy: Policy, batch: Batch, credits, token_mean: bool) -> torch.Tensor:
     """Of credit times log-probability, its mean over responses of the mean or sum over a response's
     tokens: credits (n, P, K, T) -> (n, D)."""
-    trees = [PrefixTree(*group) for group in zip(batch.rollout.tokens, batch.rollout.lengths)]
-    logp = policy.model.response_logp(batch.prompts, trees)  # (P, K, T)
+    groups = zip(batch.rollout.tokens, batch.rollout.lengths)
+    packed = [PrefixTree(*group) for group in groups]
+    logp = policy.model.response_logp(batch.prompts, packed)  # (P, K, T)
     lengths = batch.rollout.lengths
     per = lengths[..., None] if token_mean else 1
     weights = credits * batch.rollout.mask / per / lengths.numel()
@@ -295,7 +296,7 @@ def gains(cells: list[dict], rule: str, rival: str) -> np.ndarray:
 def show(found: dict):
     """The cells with LEAF's boundaries as a table; of all, what they answer."""
     shown = [(OURS, OTHERS), (HALF_WAY, OTHERS), (LEAF, BASELINE), (LEAF, PLAIN)]
-    columns = [*shown, (NO_ROOT, BASELINE)]
+    columns = [*shown, (NO_MULTIPLICITY, BASELINE)]
     rows = []
     for c in found["cells"]:
         if c["boundaries"] == SURPRISAL:

@@ -1,7 +1,7 @@
 """When does a tree built afterwards lower the noise of a gradient? Formulas, which README.md derives,
 against policies so small that their true gradient is known.
 
-    python -m experiments.law          minutes on one thread; results/law.json, law.png, law.svg
+    python -m experiments.law          minutes on one thread; results/law.json, law.png
     python -m experiments.law --plot   the figure and the table again
 
 A response is some decisions, then filler tokens. Decision k takes one of M options, uniformly, and

@@ -1,4 +1,4 @@
-"""The methods under comparison, and all of them that is not the paper's.
+"""The methods under comparison, and the code of those that are not the paper's.
 
 A method is a set of train.py's flags, and where flags do not suffice a credit rule, of the form of
 train.credit, that train.train_policy is handed instead of it:
@@ -6,9 +6,8 @@ train.credit, that train.train_policy is handed instead of it:
     rule(cfg, tokens, lengths, surprisal, rewards) -> advantages (K, T), boundaries
 
 `--algo leaf` is the paper's method. The leave-one-out variant is ours; even boundaries are a
-control. `leaf.grpo_advantages` divides by max(std, floor): the authors' floor of 1/3 is above
-the spread that BLEU rewards have, and a floor of 1 above what rewards in [0, 1] can have, so the
-latter is r - mean r: RLOO's advantage times (K - 1) / K (Ahmadian et al. 2024).
+control. `leaf.grpo_advantages` divides by max(std, floor); the authors' floor of 1/3 is above the
+spread that BLEU rewards have.
 """
 
 from collections.abc import Callable
@@ -59,7 +58,7 @@ def leave_one_out(
 ) -> torch.Tensor:
     """The variant's advantages (K, T), arguments as in leaf.leaf_advantages.
 
-    normalize: divide as GRPO does. A z-score would weigh prompts and spans by what happened to be
+    normalize: divide as GRPO with the floor of 1/3 does. A z-score would weigh prompts and spans by what happened to be
     sampled.
     """
     rewards = [float(r) for r in rewards]
@@ -109,7 +108,7 @@ BASELINE = "GRPO, floor 1/3"
 PLAIN = "GRPO, plain std"
 OURS = "leave-one-out"
 HALF_WAY = "half-way leave-one-out"
-NO_ROOT = "no multiplicity"
+NO_MULTIPLICITY = "no multiplicity"
 LENGTH = 2.46  # of LEAF's gradient over that of GRPO with the floor: qa's base 0, BLEU, K 8
 PAPERS = {
     "LEAF": Method({}),
@@ -117,7 +116,7 @@ PAPERS = {
     PLAIN: Method({"algo": "grpo", "std_floor": 0.0}),
 }
 METHODS = PAPERS | {
-    NO_ROOT: Method({"multiplicity": False}),
+    NO_MULTIPLICITY: Method({"multiplicity": False}),
     OURS: Method({}, credit_leave_one_out),
     HALF_WAY: Method({}, credit_half_way),
 }
