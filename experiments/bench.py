@@ -121,7 +121,6 @@ def prepare(shape: str, work: Workload, folder: Path) -> int:
     half = work.text // 2
     prompts = [[*row[:half], config.audio_token_index, *row[half:]] for row in text]
     model.eval().save(folder)
-    torch.manual_seed(0)
     apply_lora(model, r=work.rank, alpha=2 * work.rank)
     for name, parameter in lora_parameters(model).items():
         if name.endswith("lora_B"):
@@ -131,7 +130,7 @@ def prepare(shape: str, work: Workload, folder: Path) -> int:
     noise = torch.rand(work.prompts, work.responses, work.tokens).to(DEVICE)
     with torch.no_grad():
         heard = model.embed_prompts(prompts, model.project(model.encode(mels)))
-        rollout = model.sample(heard, noise, -1, 1.0, 0.9).to("cpu")
+        rollout = model.sample(heard, noise, eos_id=-1, top_p=0.9).to("cpu")  # never ends
     advantages = torch.randn(rollout.tokens.shape)
     given = (rollout.tokens, rollout.logp, advantages)
     torch.save(vars(Case(mels, prompts, *given, work.update_prompts)), folder / "case.pt")
@@ -487,13 +486,12 @@ def show(medians: dict, tokens: int):
 def main():
     parser = command_line(__doc__)
     parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=["small", "compact"])
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
     args = parser.parse_args()
     if "2b" in args.shape and DEVICE.type != "cuda":
         parser.error("--shape 2b needs a GPU")
     path = RESULTS / "bench.json"
     for shape in args.shape:
-        found = bench(shape, args.repeats)
+        found = bench(shape)
         results = train.read_json(path) if path.exists() else {}
         name = str(DTYPE).removeprefix("torch.")
         results[f"{shape}, {DEVICE.type}, {name}, {torch.get_num_threads()} threads"] = found

@@ -78,8 +78,8 @@ def dropout(x, p, training, inplace):
 
 
 def square(x, shape, weight, eps):
-    """For F.rms_norm, since it also keeps its input alone for the backward pass, as CUDA's kernel
-    does; the CPU's many keep copies in float32."""
+    """Stands in for F.rms_norm: for the backward pass it keeps its input alone, as CUDA's kernel
+    does; the CPU's keep copies in float32, too."""
     return x.square()
 
 

@@ -7,8 +7,8 @@
     bench       experiments.bench at two sizes, the last that of the 2B in the paper's setting: what
                 it takes is to be held against experiments.footprint
 
-Each part is written when it is done; the same command goes on with what is missing. What does not
-fit into the card's memory is noted as such.
+Each part is written when it is done; the same command goes on with what is missing. What fails or
+does not fit into the card's memory is noted as such.
 """
 
 import json
@@ -68,6 +68,8 @@ def measure_parts(parts: dict, path: Path):
             result[name] = measure()
         except torch.OutOfMemoryError:
             result[name] = "out of memory"
+        except subprocess.CalledProcessError as error:  # which has told why
+            result[name] = f"exit code {error.returncode}"
         torch.cuda.empty_cache()
         train.write_json(path, result)
 

@@ -33,7 +33,7 @@ BATCHES = 400
 
 
 def tail_variance(sizes: list[int], node: int, rho: float, weight: float = 1.0) -> float:
-    """E (r_i - baseline)^2 of a member of a group, over the variance inside of groups.
+    """E (r_i - baseline)^2 of a response behind a node, over the variance inside of groups.
 
     sizes: of all groups at the one boundary, K together; node: which of them; rho: variance between
     groups over that inside; weight: of the leave-one-out node value, the root's having the rest
@@ -50,13 +50,19 @@ def tail_variance(sizes: list[int], node: int, rho: float, weight: float = 1.0) 
 
 def chain_ratio(sizes: list[int], explained: list[float]) -> float:
     """Noise of the tree's credit over GRPO's, behind the last of any nodes on a path; leading order
-    in 1 / K. sizes: of the nodes; explained: the share of the reward's variance that each explains.
+    in 1 / K, if responses that leave the path go ways of their own. sizes: of the nodes; explained:
+    the share of the reward's variance that each explains.
     """
-    rest = 1.0
-    error = 0.0  # of the leave-one-out value, about the mean reward behind the prefix
-    for n, share in zip(sizes, explained):
+    weights = []  # in the last node's value, of a response that leaves the path behind each node
+    for n in sizes:
+        weights = [*(weight / n for weight in weights), (1 + sum(weights[-1:])) / n]
+    leaving = [n - after for n, after in zip(sizes, [*sizes[1:], 1])]  # the response itself: last
+    rest = 1.0  # of the reward's variance, behind each node
+    error = 0.0
+    for k, share in enumerate(explained):
         rest -= share
-        error = ((n - 1) * rest + share + error) / n**2
+        known = sum(n * weight for n, weight in zip(leaving[k:], weights[k:]))
+        error += share * (1 - known) ** 2 + leaving[k] * weights[k] ** 2 * rest
     return rest + error
 
 
@@ -156,7 +162,7 @@ class Prompt:
         self.logged = leaf.gradient_noise(*group)
         first = np.bincount(tokens[:, 0]).tolist()
         rho = model.effects[0] / (1 - model.effects[0])
-        self.exact = {  # sums over the members of nodes; for one boundary
+        self.exact = {  # squared credit behind nodes, summed over responses; for B = 1 alone
             rule: sum(n * tail_variance(first, g, rho, w) for g, n in enumerate(first) if n > 1)
             for rule, w in WEIGHTS.items()
         }
@@ -181,7 +187,7 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
         for rule in RULES:
             g = np.mean([p.whole[rule] for p in prompts], 0)
             cosines[rule].append((g * truth).sum() / np.linalg.norm(g) / np.linalg.norm(truth))
-            for p in prompts:  # independent: the noise of their mean, with less of its own
+            for p in prompts:  # independent, so this is the noise of their mean
                 noise[rule] += ((p.whole[rule] - p.truth) ** 2).sum(1) / len(prompts) ** 2
                 behind[rule] += (p.behind[rule] ** 2).sum() / len(prompts) ** 2
         for rule in WEIGHTS:
@@ -190,8 +196,6 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
         sizes += [path for p in prompts for path in p.sizes]
     S = signal.sum()
     N = noise[GRPO].sum()
-    fillers = noise[GRPO][max(len(model.effects), B) :].sum()
-    share = noise[GRPO][B:].sum() / N * behind[GRPO] / fillers  # f: of tails behind a node
     # Of what the first decision adds, the M options of one prompt show 1 - 1 / M.
     variances = [model.effects[0] * (1 - 1 / model.options), *model.effects[1:]]
     total = sum(variances) + 1 - sum(model.effects)
@@ -199,7 +203,6 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
     result = {
         "model": asdict(model),
         "group size": fmean(path[-1] for path in sizes if path),
-        "tails' share of noise": share,
         "GRPO's cosine": fmean(cosines[GRPO]),
         "gain": {rule: relative(cosines[rule], cosines[GRPO]) for rule in RULES if rule != GRPO},
         "tails": {rule: behind[rule] / behind[GRPO] for rule in (TREE, HALF_WAY)},
@@ -211,6 +214,8 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
         result["between"] = noise[TREE][1] / noise[GRPO][1]
         result["between, leading order"] = fmean(chain_ratio(p[:1], explained) for p in sizes)
         return result
+    filler_noise = noise[GRPO][len(model.effects) :].sum()
+    share = noise[GRPO][1:].sum() / N * behind[GRPO] / filler_noise  # f: of tails behind a node
     ratio = {rule: exact[rule] / exact[GRPO] for rule in (TREE, HALF_WAY)}
     result["predicted tails"] = ratio
     result["predicted gain"] = {
@@ -282,30 +287,35 @@ def grid() -> list[Model]:
     return models
 
 
-def show(results: list[dict]):
-    """How far prediction and measurement are apart, then every model."""
+def compared(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """What is predicted, and what is measured, of all models that have it."""
     one = [r for r in results if "predicted tails" in r]
     more = [r for r in results if "between" in r]
-    pairs = {
+    return {
         "tails, leave-one-out": [(r["predicted tails"][TREE], r["tails"][TREE]) for r in one],
         "tails, half-way": [(r["predicted tails"][HALF_WAY], r["tails"][HALF_WAY]) for r in one],
-        "tails, leading order": [(r["leading order"], r["tails"][TREE]) for r in one],
-        "tails, leading order, B > 1": [(r["leading order"], r["tails"][TREE]) for r in more],
+        "tails, B > 1, leading order": [(r["leading order"], r["tails"][TREE]) for r in more],
         "between nodes, leading order": [(r["between, leading order"], r["between"]) for r in more],
+        "tails, B = 1, leading order": [(r["leading order"], r["tails"][TREE]) for r in one],
         "logged": [(r["logged"], r["noise"][TREE]) for r in results],
+        "gain, leave-one-out": [(r["predicted gain"][TREE], r["gain"][TREE]["value"]) for r in one],
+        "gain, half-way": [
+            (r["predicted gain"][HALF_WAY], r["gain"][HALF_WAY]["value"]) for r in one
+        ],
     }
-    for rule in (TREE, HALF_WAY):
-        pairs[f"gain of {rule}"] = [
-            (1 + r["predicted gain"][rule], 1 + r["gain"][rule]["value"]) for r in one
-        ]
+
+
+def show(results: list[dict]):
+    """How far prediction and measurement are apart, then every rule's gains over all models."""
     rows = []
-    for name, values in pairs.items():
+    for name, values in compared(results).items():
         x, y = np.array(values).T
+        even = 0 if name.startswith("gain") else 1
         apart = abs(x - y)
         cells = [f"{apart.mean():.3f}", f"{apart.max():.3f}", f"{np.corrcoef(x, y)[0, 1]:.3f}"]
-        rows.append([name, len(x), *cells, f"{np.mean((x < 1) == (y < 1)):.0%}"])
+        rows.append([name, len(x), *cells, f"{np.mean((x < even) == (y < even)):.0%}"])
     header = ["predicted against measured", "models", "mean gap", "largest", "correlation"]
-    print(table([*header, "same side of 1"], rows))
+    print(table([*header, "same side of break-even"], rows))
     rows = []
     for rule in RULES:
         if rule != GRPO:
@@ -326,28 +336,19 @@ def show(results: list[dict]):
 def plot(results: list[dict]):
     import matplotlib.pyplot as plt
 
-    one = [r for r in results if "predicted tails" in r]
-    more = [r for r in results if "between" in r]
     figure, (noise, gains, logged) = plt.subplots(1, 3, figsize=(13, 4.6))
     panels = (
         (noise, "(a) noise behind nodes, over GRPO's", "predicted", "measured"),
         (gains, "(b) gain in cosine over GRPO", "predicted", "measured"),
         (logged, "(c) gain in cosine over GRPO", "noise ratio as logged", "measured"),
     )
-    series = [
-        (noise, f"{TREE}, B = 1", [(r["predicted tails"][TREE], r["tails"][TREE]) for r in one]),
-        (noise, "half-way", [(r["predicted tails"][HALF_WAY], r["tails"][HALF_WAY]) for r in one]),
-        (noise, "B = 2, 4: tails", [(r["leading order"], r["tails"][TREE]) for r in more]),
-        (noise, "between nodes", [(r["between, leading order"], r["between"]) for r in more]),
-    ]
-    for rule in (TREE, HALF_WAY):
-        pairs = [(r["predicted gain"][rule], r["gain"][rule]["value"]) for r in one]
-        series.append((gains, rule, pairs))
+    for name, pairs in compared(results).items():
+        if name not in ("logged", "tails, B = 1, leading order"):
+            axes = gains if name.startswith("gain") else noise
+            axes.plot(*zip(*pairs), "o", markersize=3, alpha=0.7, label=name)
     for rule in (TREE, "LEAF"):
         pairs = [(r["logged"], r["gain"][rule]["value"]) for r in results]
-        series.append((logged, rule, pairs))
-    for axes, label, pairs in series:
-        axes.plot(*zip(*pairs), "o", markersize=3, alpha=0.7, label=label)
+        logged.plot(*zip(*pairs), "o", markersize=3, alpha=0.7, label=rule)
     for axes, title, x, y in panels:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)

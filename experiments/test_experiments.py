@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import subprocess
 import types
 from statistics import fmean
 
@@ -140,11 +141,33 @@ def test_the_law_breaks_even_where_it_says():
     rho = law.break_even(4, 8)
     half, less, more = (law.tail_variance([4, 4], 0, rho, weight) for weight in (0.5, 0.45, 0.55))
     assert half < min(less, more)
-    # The leading order is the limit of large K, and one boundary after another without an effect
-    # makes it worse.
+    # The leading order is the limit of large K.
     ratio = law.tail_variance([4] * 1000, 0, 0.5) / law.tail_variance([4] * 1000, 0, 0.5, 0.0)
     assert law.chain_ratio([4], [1 / 3]) == pytest.approx(ratio, rel=1e-2)
-    assert law.chain_ratio([4, 2], [1 / 3, 0.0]) > law.chain_ratio([4], [1 / 3])
+
+
+@pytest.mark.parametrize("sizes", [[4], [4, 2], [6, 3, 2], [2, 2]])
+def test_the_chains_ratio_is_that_of_the_credits_weights(sizes):
+    """Credit is linear in the rewards, whose covariance is known: what responses share of the first
+    one's path. All others go ways of their own."""
+    K = 300
+    explained = [0.3, 0.2, 0.1][: len(sizes)]
+    depth = [sum(k < n for n in sizes) for k in range(K)]  # nodes that response k shares with 0
+    tokens = [[0] * d + [1 + k] * (len(sizes) + 1 - d) for k, d in enumerate(depth)]
+    tokens[0] = [0] * len(sizes) + [1]
+    lengths = [len(row) for row in tokens]
+
+    def credit(rewards):
+        nodes = leaf.build_tree(tokens, lengths, rewards, list(range(1, len(sizes) + 1)))
+        spans = leaf.leave_one_out_credits(lengths, rewards, nodes, 1.0)
+        return [s.credit for s in spans if s.response == 0][-1]
+
+    weights = np.array([credit(np.eye(K)[k].tolist()) for k in range(K)])
+    together = np.array([[min(a, b) for b in depth] for a in depth])  # nodes that two share
+    covariance = np.array([0.0, *np.cumsum(explained)])[together]
+    np.fill_diagonal(covariance, 1.0)
+    expected = weights @ covariance @ weights
+    assert law.chain_ratio(sizes, explained) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_small_policys_true_gradient_is_what_unbiased_rules_find():
@@ -604,15 +627,19 @@ def test_gpu_measures_what_is_missing(tmp_path):
     def too_large():
         raise torch.OutOfMemoryError("1 GB")
 
+    def fails():
+        raise subprocess.CalledProcessError(1, "train.py")
+
     def stopped():
         raise KeyboardInterrupt
 
     file = tmp_path / "gpu.json"
-    parts = {"small": fits, "large": too_large, "last": stopped}
+    parts = {"small": fits, "large": too_large, "broken": fails, "last": stopped}
     with pytest.raises(KeyboardInterrupt):
         gpu.measure_parts(parts, file)
     gpu.measure_parts(parts | {"last": fits}, file)
     found = json.loads(file.read_text())
     assert calls == ["fits"] * 2 and found["large"] == "out of memory"
+    assert found["broken"] == "exit code 1"
     assert found["small"] == found["last"] == {"seconds": 1.0}
     assert found["environment"]["torch"] == torch.__version__
