@@ -59,7 +59,7 @@ def chain_ratio(sizes: list[int], explained: list[float]) -> float:
     leaving = [n - after for n, after in zip(sizes, [*sizes[1:], 1])]  # the response itself: last
     rest = 1.0  # of the reward's variance, behind each node
     error = 0.0
-    for k, share in enumerate(explained):
+    for k, share in enumerate(explained[: len(sizes)]):
         rest -= share
         known = sum(n * weight for n, weight in zip(leaving[k:], weights[k:]))
         error += share * (1 - known) ** 2 + leaving[k] * weights[k] ** 2 * rest

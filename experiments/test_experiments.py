@@ -191,6 +191,9 @@ def test_the_law_predicts_what_is_measured():
             assert found["tails"][rule] == pytest.approx(predicted, abs=0.06)
         # Which knows prefixes apart that this policy's places do not: the side of 1 is all they share.
         assert (found["logged"] < 1) == (found["noise"][law.TREE] < 1)
+    found = law.measure(law.Model(K=16, effects=(0.3, 0.3, 0.1), boundaries=2), batches=100)
+    assert found["tails"][law.TREE] == pytest.approx(found["leading order"], abs=0.1)
+    assert found["between"] == pytest.approx(found["between, leading order"], abs=0.1)
 
 
 def test_the_identity_departs_with_lengths_and_clipping_alone():
