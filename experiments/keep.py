@@ -3,7 +3,8 @@
     python -m experiments.keep runs/qa-leaf-seed0 ...
 
 A run is copied into experiments/results: RUN.json (settings, results on the test split, seconds,
-memory; machine and code as they are now) and, with --metrics, RUN.jsonl (metrics of every step of policy optimisation).
+memory; machine and code as they are now) and, with --metrics, RUN.jsonl (metrics of every step of
+policy optimisation).
 """
 
 import shutil

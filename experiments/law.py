@@ -155,9 +155,10 @@ class Prompt:
         for rule, credit in RULES.items():
             spans = credit(lengths, rewards, nodes)
             self.whole[rule] = gradient(chances, tokens, spans)
-            shared = [span for span in spans if paths[span.response]]
-            fillers = slice(max(len(model.effects), B), None)
-            self.behind[rule] = gradient(chances, tokens, shared)[fillers]
+            if rule in WEIGHTS:
+                shared = [span for span in spans if paths[span.response]]
+                fillers = slice(max(len(model.effects), B), None)
+                self.behind[rule] = gradient(chances, tokens, shared)[fillers]
         group = (tokens.tolist(), lengths, surprisal.tolist(), rewards, bounds)
         self.logged = leaf.gradient_noise(*group)
         first = np.bincount(tokens[:, 0]).tolist()
@@ -173,9 +174,9 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     B = model.boundaries
     places = len(model.chances)
-    noise = {rule: np.zeros(places) for rule in RULES}  # summed over batches
+    noise = {rule: np.zeros(places) for rule in WEIGHTS}  # summed over batches
     signal = np.zeros(places)
-    behind = {rule: 0.0 for rule in RULES}
+    behind = {rule: 0.0 for rule in WEIGHTS}
     cosines = {rule: [] for rule in RULES}
     exact = {rule: 0.0 for rule in WEIGHTS}
     logged = np.zeros(2)
@@ -187,10 +188,10 @@ def measure(model: Model, batches: int = BATCHES, seed: int = 0) -> dict:
         for rule in RULES:
             g = np.mean([p.whole[rule] for p in prompts], 0)
             cosines[rule].append((g * truth).sum() / np.linalg.norm(g) / np.linalg.norm(truth))
+        for rule in WEIGHTS:
             for p in prompts:  # independent, so this is the noise of their mean
                 noise[rule] += ((p.whole[rule] - p.truth) ** 2).sum(1) / len(prompts) ** 2
                 behind[rule] += (p.behind[rule] ** 2).sum() / len(prompts) ** 2
-        for rule in WEIGHTS:
             exact[rule] += sum(p.exact[rule] for p in prompts)
         logged += np.sum([p.logged for p in prompts], 0)
         sizes += [path for p in prompts for path in p.sizes]

@@ -58,8 +58,8 @@ def leave_one_out(
 ) -> torch.Tensor:
     """The variant's advantages (K, T), arguments as in leaf.leaf_advantages.
 
-    normalize: divide as GRPO with the floor of 1/3 does. A z-score would weigh prompts and spans by what happened to be
-    sampled.
+    normalize: divide as GRPO with the floor of 1/3 does. A z-score would weigh prompts and spans by
+    what happened to be sampled.
     """
     rewards = [float(r) for r in rewards]
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero

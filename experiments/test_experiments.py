@@ -141,9 +141,11 @@ def test_the_law_breaks_even_where_it_says():
     rho = law.break_even(4, 8)
     half, less, more = (law.tail_variance([4, 4], 0, rho, weight) for weight in (0.5, 0.45, 0.55))
     assert half < min(less, more)
-    # The leading order is the limit of large K.
+    # The leading order is the limit of large K, and one boundary after another without an effect
+    # makes it worse.
     ratio = law.tail_variance([4] * 1000, 0, 0.5) / law.tail_variance([4] * 1000, 0, 0.5, 0.0)
     assert law.chain_ratio([4], [1 / 3]) == pytest.approx(ratio, rel=1e-2)
+    assert law.chain_ratio([4, 2], [1 / 3, 0.0]) > law.chain_ratio([4], [1 / 3])
 
 
 @pytest.mark.parametrize("sizes", [[4], [4, 2], [6, 3, 2], [2, 2]])
