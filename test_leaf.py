@@ -2330,9 +2330,14 @@ def stopping_at(update, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         return step(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Updater, "step", interrupted)
-        yield calls
+    # As in a terminal: under nohup, or behind a shell's &, some signals are ignored from the start.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Updater, "step", interrupted)
+            yield calls
+    finally:
+        signal.signal(number, before)
 
 
 def assert_same_run(a, b, base=True):
