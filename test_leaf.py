@@ -2331,7 +2331,7 @@ def stopping_at(update, number=signal.SIGTERM):
         return step(self, *args)
 
     # As in a terminal: under nohup, or behind a shell's &, some signals are ignored from the start.
-    before = signal.signal(number, signal.default_int_handler)
+    before = signal.signal(number, lambda *_: pytest.fail("the run did not take the signal"))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.Updater, "step", interrupted)
