@@ -677,6 +677,10 @@ class Cache:
     def __call__(self, indices: list[int]) -> list[torch.Tensor]:
         return [self.kept[i] if i < len(self.kept) else self.compute([i])[0] for i in indices]
 
+    def serves(self, model) -> bool:
+        """Whether what is kept has this model's dtype and device."""
+        return {(x.dtype, x.device) for x in self.kept} == {(model.dtype, model.device)}
+
     def forget(self):
         """Free the memory; what is asked for from now on is computed again."""
         self.kept = []
@@ -694,6 +698,7 @@ class Split:
         self.rows = rows
         self.gigabytes = gigabytes
         self.mels = self.cache("log-mels of", lambda indices: [self.mel(i) for i in indices])
+        self.frames = None
 
     def mel(self, index: int) -> torch.Tensor:
         return log_mel(load_audio(self.rows[index]))
@@ -702,16 +707,23 @@ class Split:
         title = f"{doing} {len(self.rows)} {self.name} rows"
         return Cache(compute, len(self.rows), self.gigabytes, title)
 
+    def encode(self, model) -> Cache:
+        """Encoder frames of a frozen encoder, which `hear` need not compute once more."""
+        self.frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
+        return self.frames
+
     def hear(self, model, tokenizer, frozen: bool = True):
         """Pass everything through encoder and projector; what is left for RL is embeddings in,
-        text out.
+        text out. After `encode` it must be the same model, if perhaps in another dtype.
 
         Not frozen (LoRA is on the encoder or projector): nothing is kept, and the audio is heard
         anew each time, by the model as it is then, with gradients where they are enabled.
         """
         self.tokenizer = tokenizer
         if frozen:
-            frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
+            frames = self.frames
+            if frames is None or not frames.serves(model):
+                frames = self.encode(model)
             self.audio = self.cache("projecting", lambda indices: model.project(frames(indices)))
             self.mels.forget()
             frames.forget()
