@@ -2,8 +2,9 @@
 
     y = W x + (alpha / r) B A x        A (r, in), B (out, r)
 
-W + BA is never formed during training: the update of x is two thin products. Switching the adapters
-off leaves the base model bit for bit, so the KL reference of RL needs no second model in memory:
+W itself never changes. Where there are gradients the update of x is two thin products; to sample,
+W + (alpha / r) B A is formed beside W. Switching the adapters off leaves the base model bit for bit,
+so the KL reference of RL needs no second model in memory:
 
     with lora_disabled(model):
         ref_logp = ...
@@ -56,14 +57,17 @@ class LoRALinear(nn.Linear):
         self.scale = alpha / r
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.merged = False  # the update is part of the weight already
-        self.rounded = None  # A and B in the weight's dtype, inside lora_rounded
+        # Inside lora_for_sampling, one of these:
+        self.merged = None  # W + scale B A
+        self.rounded = None  # A and B in the weight's dtype
         self.train(base.training)  # on a model in eval mode an adapter must not drop out
 
     def forward(self, x):  # (..., in) -> (..., out)
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.bias)
         y = F.linear(x, self.weight, self.bias)
-        if not self.enabled or self.merged:
-            return y
         A, B = self.rounded or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
         Ax = F.linear(self.dropout(x), A)  # (..., r)
         # One kernel for y + scale * Ax B^T; addmm takes matrices, so leading dimensions are folded.
@@ -115,18 +119,13 @@ def apply_lora(
 
 
 # --------------------------------------------------------------------------------------------------
-# Off, rounded, merged
+# Off, and for sampling
 
 
 @contextlib.contextmanager
 def lora_disabled(model: nn.Module):
-    """Inside, the model is the base model; the switch is restored whatever happens.
-
-    Raises ValueError on a merged model, whose base weights are gone.
-    """
+    """Inside, the model is the base model; the switch is restored whatever happens."""
     layers = lora_layers(model).values()
-    if any(layer.merged for layer in layers):
-        raise ValueError("adapters are merged into the weights: unmerge them to switch them off")
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
@@ -138,37 +137,26 @@ def lora_disabled(model: nn.Module):
 
 
 @contextlib.contextmanager
-def lora_rounded(model: nn.Module):
-    """Inside, which is for inference, A and B are rounded to the weights' dtype once, not in every
-    forward pass."""
+def lora_for_sampling(model: nn.Module):
+    """Inside, which is for inference, each update is made ready once and not for every token.
+
+    Where weights are as precise as A and B, in float32, it is added to the weight, in a tensor
+    beside it. In bfloat16 that sum would round most of the update away, and what samples would not
+    be the policy that is scored: there only A and B are rounded, as every forward pass does.
+    """
     layers = lora_layers(model).values()
     try:
         for layer in layers:
-            dtype = layer.weight.dtype
-            layer.rounded = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype))
+            W, A, B = layer.weight, layer.lora_A.detach(), layer.lora_B.detach()
+            if W.dtype == A.dtype:
+                layer.merged = torch.addmm(W, B, A, alpha=layer.scale)
+            else:
+                layer.rounded = (A.to(W.dtype), B.to(W.dtype))
         yield
     finally:
         for layer in layers:
+            layer.merged = None
             layer.rounded = None
-
-
-@torch.no_grad()
-def merge(model: nn.Module):
-    """Fold the adapters into the weights: faster to run, but rounded to the weights' dtype."""
-    for layer in lora_layers(model).values():
-        if not layer.merged:
-            # Added in float32, so that the sum is rounded once.
-            layer.weight.copy_(layer.weight.float() + layer.scale * layer.lora_B @ layer.lora_A)
-            layer.merged = True
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module):
-    """Undo merge, up to rounding."""
-    for layer in lora_layers(model).values():
-        if layer.merged:
-            layer.weight.copy_(layer.weight.float() - layer.scale * layer.lora_B @ layer.lora_A)
-            layer.merged = False
 
 
 # --------------------------------------------------------------------------------------------------

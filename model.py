@@ -14,10 +14,9 @@ S sequence length, V vocabulary.
 Padding never changes a result: every convolution, attention and statistic that could see a padded
 frame masks it.
 
-What K responses to one prompt share is computed once. To sample them, the prompt's keys and values
-are computed once and copied to each response (KVCache). To score them, all K form one sequence: the
-prompt, then the prefix tree of their tokens, in which each token sees the prompt and its ancestors
-(PrefixTree).
+What K responses to one prompt share is computed once: the prompt's keys and values, which each
+response has before its own while it is sampled (DecodingCache) and when it is scored (PromptCache);
+equal responses are scored as one.
 """
 
 import json
@@ -33,7 +32,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from data import read_json, reading
-from lora import lora_rounded, read_tensors
+from lora import lora_for_sampling, read_tensors
 
 # All attention here has a mask, and its shapes differ from batch to batch. cuDNN's kernels, which
 # PyTorch prefers on recent cards, plan for every new shape anew, which takes up to a second, and
@@ -453,32 +452,44 @@ class Projector(nn.Module):
 # Decoder
 
 
-class KVCache:
-    """Keys and values of B sequences in every layer, with a fixed number of positions.
+class PromptCache:
+    """Keys and values (P, H_kv, L, D) of P prompts in every layer, with their gradient: the first
+    pass through the decoder leaves them here. Then `prompt_of` (R,) is set, and each of R rows has
+    those of its prompt before its own."""
 
-    Before a forward pass of S tokens, `slots` (S,) says where their keys and values go, and `end`
-    how many of the positions are looked at. Both may stay what they are in a CUDA graph.
-    """
-
-    def __init__(self, c: TextConfig, batch: int, capacity: int, device, dtype):
-        # Zeros, since what nobody sees yet is multiplied by 0.
-        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, capacity, head_dim(c))
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.slots = torch.arange(capacity, device=device)
-        self.end = capacity
+    def __init__(self):
+        self.layers = []  # (keys, values) of each
+        self.prompt_of = None
 
     def update(self, layer: int, k, v):
-        """Store k, v (B, H_kv, S, D) of new tokens; returns those of all, (B, H_kv, end, D)."""
-        keys, values = self.values[layer]
+        """Of new tokens k, v (B, H_kv, S, D): what they look at, their own included."""
+        if self.prompt_of is None:
+            self.layers.append((k, v))
+            return k, v
+        keys, values = (x.index_select(0, self.prompt_of) for x in self.layers[layer])
+        return torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+
+
+class DecodingCache:
+    """Keys and values (P * K, H_kv, L + T, D) in every layer of K responses to each prompt, which
+    grow token by token.
+
+    Before a pass of S tokens, `slots` (S,) says where their keys and values go, and `end` how many
+    of the positions are looked at. Both may stay what they are in a CUDA graph.
+    """
+
+    def __init__(self, prompts: PromptCache, K: int, T: int):
+        self.layers = []
+        for layer in prompts.layers:
+            # Zeros, since what nobody sees yet is multiplied by 0.
+            room = [F.pad(x.repeat_interleave(K, dim=0), (0, 0, 0, T)) for x in layer]
+            self.layers.append(room)
+
+    def update(self, layer: int, k, v):
+        keys, values = self.layers[layer]
         keys.index_copy_(2, self.slots, k)
         values.index_copy_(2, self.slots, v)
         return keys[:, :, : self.end], values[:, :, : self.end]
-
-    def copy_prompts(self, prompts: "KVCache", K: int):
-        """Begin with what `prompts` holds of P sequences, K times each."""
-        length = prompts.values.shape[-2]
-        by_prompt = self.values.unflatten(2, (-1, K))  # (layers, 2, P, K, H_kv, capacity, D)
-        by_prompt[..., :length, :] = prompts.values[:, :, :, None]
 
 
 def head_dim(c: TextConfig) -> int:
@@ -486,9 +497,9 @@ def head_dim(c: TextConfig) -> int:
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021) on x (B, H, S, D); cos, sin (B, 1, S, D / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary positions (Su et al. 2021) on x (B, H, S, D) as D / 2 points, of which the first half
+    of x holds one coordinate and the second the other; cos, sin (B, 1, S, D), see Decoder."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -504,7 +515,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, bias, cache: KVCache | None):  # (B, S, C) -> (B, S, C)
+    def forward(self, x, cos, sin, bias, cache):  # (B, S, C) -> (B, S, C)
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, S, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H_kv, S, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -542,7 +553,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.residual_multiplier = c.residual_multiplier
 
-    def forward(self, x, cos, sin, bias, cache: KVCache | None):
+    def forward(self, x, cos, sin, bias, cache):
         attended = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
         x = x.add(attended, alpha=self.residual_multiplier)
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_multiplier)
@@ -556,7 +567,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, positions, mask, cache: KVCache | None = None):
+    def forward(self, x, positions, mask, cache=None):
         """Embeddings x (B, S, C) at positions (B, S) -> hidden states (B, S, C).
 
         mask (B, S, S_kv), bool: true where a token sees another, or what is in the cache. Every
@@ -567,8 +578,8 @@ class Decoder(nn.Module):
         D = head_dim(c)
         exponent = torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D
         angle = positions[:, None, :, None] * c.rope_theta**-exponent  # (B, 1, S, D / 2)
-        cos = angle.cos().to(x.dtype)
-        sin = angle.sin().to(x.dtype)
+        cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(x.dtype)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(x.dtype)
         # What is added to the scores, repeated for each query head of a group (see Attention).
         group = c.num_attention_heads // c.num_key_value_heads
         bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
@@ -643,7 +654,7 @@ def sort_ascending(q):
 
 
 # --------------------------------------------------------------------------------------------------
-# Prompts, responses, and the tree that responses form
+# Prompts and responses
 
 
 @dataclass
@@ -692,56 +703,6 @@ class Rollout:
         return Rollout(*(tensor.to(device) for tensor in tensors))
 
 
-class PrefixTree:
-    """The K responses to one prompt as the prefix tree they form.
-
-        Anna sold two hats .        (prompt) - Anna - sold - two - hats - .
-        Anna sold hats .                         |       `-- hats - .
-        Anna lost .                              `---- lost - .
-
-    A response of n tokens puts n - 1 of them into the decoder, since its last predicts nothing, and
-    has all n scored. So there are two lists, in which what responses share stands once: `inputs`,
-    the tokens that something follows (Anna, sold, two, hats, hats, lost; input 0 stands for the
-    prompt's end), and `scored`, each distinct token after each distinct prefix (all nine).
-    """
-
-    def __init__(self, tokens, lengths):
-        """tokens (K, T) int, lengths (K,) int, on the host."""
-        self.inputs = [0]  # the token of each input; input 0 has none
-        self.parents = [0]  # the input before each input
-        self.depths = [0]  # how many tokens of a response each input ends
-        self.scored = []  # (input, token): the token, and the input that predicts it
-        self.paths = []  # for each response, where its tokens are in `scored`
-        self.width = len(tokens[0])  # T
-
-        index_of_input = {}  # by (parent, token)
-        index_of_scored = {}  # by (parent, token)
-        for response, length in zip(torch.as_tensor(tokens).tolist(), lengths):
-            parent = 0
-            path = []
-            last = int(length) - 1
-            for t, token in enumerate(response[: last + 1]):
-                key = (parent, token)
-                if key not in index_of_scored:
-                    index_of_scored[key] = len(self.scored)
-                    self.scored.append(key)
-                path.append(index_of_scored[key])
-                if t == last:
-                    break
-                if key not in index_of_input:
-                    index_of_input[key] = len(self.inputs)
-                    self.inputs.append(token)
-                    self.parents.append(parent)
-                    self.depths.append(t + 1)
-                parent = index_of_input[key]
-            self.paths.append(path)
-
-        n = len(self.inputs)
-        self.sees = np.eye(n, dtype=bool)  # (n, n): an input sees itself and its ancestors
-        for i in range(1, n):
-            self.sees[i] |= self.sees[self.parents[i]]
-
-
 # --------------------------------------------------------------------------------------------------
 # Responses while they are sampled
 
@@ -759,7 +720,7 @@ class Sampling:
         device = model.device
         self.model, self.noise, self.eos_id = model, noise, eos_id
         self.temperature, self.top_p = temperature, top_p
-        self.L, self.capacity = L, L + T
+        self.L = L
         integers = {"dtype": torch.int64, "device": device}
         self.rollout = Rollout(
             tokens=torch.zeros(P, K, T, **integers),
@@ -770,7 +731,6 @@ class Sampling:
         self.ended = torch.zeros(P, K, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, **integers)  # how many tokens each response has
 
-        self.cache = KVCache(model.config.text_config, P * K, L + T, device, model.dtype)
         self.last_position = prompts.positions[:, -1:].repeat_interleave(K, dim=0)  # (B, 1)
         seen = F.pad(prompts.valid, (0, T))  # (P, L + T): the prompt, and no token yet
         self.seen = seen.repeat_interleave(K, dim=0)[:, None]  # (B, 1, L + T)
@@ -778,10 +738,10 @@ class Sampling:
     def first_token(self, prompts: Prompts):
         """The prompts, once each: their last hidden states give the first token of K responses."""
         model = self.model
-        P, K = self.ended.shape
-        cache = KVCache(model.config.text_config, P, self.L, model.device, model.dtype)
+        _, K, T = self.noise.shape
+        cache = PromptCache()
         hidden = model.language_model.model(prompts.x, prompts.positions, prompts.mask, cache)
-        self.cache.copy_prompts(cache, K)
+        self.cache = DecodingCache(cache, K, T)
         self.append(hidden[:, -1:].expand(-1, K, -1))
 
     def append(self, hidden):
@@ -874,47 +834,48 @@ class SpeechLM(nn.Module):
 
     # ---- scoring
 
-    def response_logp(self, prompts: Prompts, trees: list[PrefixTree]) -> torch.Tensor:
-        """Log-probabilities (P, K, T), full softmax, of the tokens of K responses to each prompt,
-        given as a tree per prompt; zero past a response's end."""
-        P, L = prompts.valid.shape
+    def response_logp(self, prompts: Prompts, tokens, lengths) -> torch.Tensor:
+        """Log-probabilities (P, K, T), full softmax, of the tokens of K responses to each prompt;
+        zero past a response's end. tokens (P, K, T) int, lengths (P, K) int, on the host.
+
+        The prompts go through the decoder once; then each distinct response to a prompt is a row
+        behind that prompt's keys and values.
+        """
+        P, K, T = tokens.shape
+        lengths = np.asarray(lengths)
+        ended = np.arange(T) >= lengths[..., None]
+        rows = np.where(ended, -1, np.asarray(tokens)).reshape(P * K, T)
+        rows = np.column_stack((np.arange(P).repeat(K), rows))  # (P * K, 1 + T)
+        rows, row_of = np.unique(rows, axis=0, return_inverse=True)  # (R, 1 + T), (P * K,)
+        prompt_of = to_device(rows[:, 0], self.device)
+        rows = rows[:, 1 : 1 + lengths.max()]  # (R, S), S the longest of these responses
+        R, S = rows.shape
+
+        # The prompt's last token predicts a row's first, each token of a row the one behind it.
         decoder = self.language_model.model
-        n_inputs = [len(tree.inputs) - 1 for tree in trees]  # without 0, the prompt's last token
-        N = max(n_inputs)
-        tokens = self._rectangle([tree.inputs[1:] for tree in trees], N)  # (P, N)
-        depths = self._rectangle([tree.depths[1:] for tree in trees], N)  # (P, N)
-        sees = np.zeros((P, N, N), dtype=bool)
-        for p, tree in enumerate(trees):
-            sees[p, : n_inputs[p], : n_inputs[p]] = tree.sees[1:, 1:]
+        cache = PromptCache()
+        hidden = decoder(prompts.x, prompts.positions, prompts.mask, cache)
+        hidden = hidden[:, -1:].index_select(0, prompt_of)  # (R, 1, C)
+        if S > 1:
+            x = decoder.embed_tokens(to_device(rows[:, :-1].clip(min=0), self.device))
+            steps = torch.arange(1, S, device=self.device)
+            positions = prompts.positions[:, -1:].index_select(0, prompt_of) + steps
+            prompt = prompts.valid.index_select(0, prompt_of)[:, None].expand(-1, S - 1, -1)
+            before = (steps[:, None] >= steps).expand(R, -1, -1)
+            mask = torch.cat((prompt, before), dim=2)  # (R, S - 1, L + S - 1)
+            cache.prompt_of = prompt_of
+            hidden = torch.cat((hidden, decoder(x, positions, mask, cache)), dim=1)  # (R, S, C)
 
-        # One sequence for each prompt: its own tokens, then the inputs of its tree.
-        x = torch.cat((prompts.x, decoder.embed_tokens(tokens)), dim=1)  # (P, L + N, C)
-        last_position = prompts.positions[:, -1:]
-        positions = torch.cat((prompts.positions, last_position + depths), dim=1)
-        mask = F.pad(prompts.mask, (0, N, 0, N))  # (P, L + N, L + N)
-        mask[:, L:, :L] = prompts.valid[:, None]
-        mask[:, L:, L:] = to_device(sees, self.device)
-        hidden = decoder(x, positions, mask)
-
-        # Input i of prompt p stands at place L - 1 + i of row p, and predicts what is scored there.
-        places, targets, paths = [], [], []
-        n_scored = 0
-        for p, tree in enumerate(trees):
-            start = p * (L + N) + L - 1
-            places += [start + i for i, _ in tree.scored]
-            targets += [token for _, token in tree.scored]
-            paths += [[n_scored + i for i in path] for path in tree.paths]
-            n_scored += len(tree.scored)
-        predicting = hidden.flatten(0, 1)[to_device(places, self.device)]
-        logp = self.token_logp(predicting, to_device(targets, self.device))
-        logp = F.pad(logp, (0, 1))  # one more place, for the zeros past a response's end
-        T = max(tree.width for tree in trees)
-        return logp[self._rectangle(paths, T, fill=n_scored)].unflatten(0, (P, -1))
-
-    def _rectangle(self, rows: list[list[int]], width: int, fill: int = 0) -> torch.Tensor:
-        """Ragged rows -> (rows, width) on the device."""
-        filled = [row + [fill] * (width - len(row)) for row in rows]
-        return to_device(np.array(filled, dtype=np.int64), self.device)
+        # Logits only where there is a token to score: at M places.
+        scored = rows >= 0
+        places = to_device(scored.flatten().nonzero()[0], self.device)  # (M,)
+        hidden = hidden.flatten(0, 1).index_select(0, places)
+        logp = self.token_logp(hidden, to_device(rows[scored], self.device))  # (M,)
+        # Which of the M a response's tokens are; past its end stands one more, a zero.
+        index = np.full((R, T), len(places))
+        index[:, :S][scored] = np.arange(len(places))
+        index = to_device(index[row_of], self.device)
+        return F.pad(logp, (0, 1))[index].view(P, K, T)
 
     def token_logp(self, hidden, tokens, max_logits: int = 2**25):
         """Log-probabilities (M,) of tokens (M,) that hidden states (M, C) predict.
@@ -948,7 +909,7 @@ class SpeechLM(nn.Module):
         T = noise.shape[2]
         on_gpu = self.device.type == "cuda"
         graph = None
-        with lora_rounded(self):
+        with lora_for_sampling(self):
             state = Sampling(self, prompts, noise, eos_id, temperature, top_p)
             state.first_token(prompts)
             for n in range(1, T):
@@ -961,10 +922,10 @@ class SpeechLM(nn.Module):
                 elif on_gpu and self.cuda_graph:
                     # One step to warm up, then one that is recorded and not run. Shapes in a graph
                     # never change, so both look at the whole cache.
-                    state.next_token(state.capacity)
+                    state.next_token(state.L + T)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
-                        state.next_token(state.capacity)
+                        state.next_token(state.L + T)
                 else:
                     state.next_token(state.L + n)
         return state.rollout

@@ -55,11 +55,11 @@ import train
 from corpora import synthetic
 from data import AUDIO, DataError, UserError
 from model import (
+    DecodingCache,
     EncoderConfig,
-    KVCache,
     MaskedBatchNorm,
-    PrefixTree,
     ProjectorConfig,
+    PromptCache,
     Prompts,
     Sampling,
     SpeechConfig,
@@ -810,11 +810,6 @@ def make_prompts(lengths, padding=(0, 1.0)):
     return Prompts(torch.where(valid[..., None], x, size * x), valid)
 
 
-def make_trees(tokens, lengths):
-    """PrefixTree of each prompt's responses, tokens (P, K, T), lengths (P, K)."""
-    return [PrefixTree(*group) for group in zip(tokens, lengths)]
-
-
 PADDINGS = [(0, 1.0), (2, 1e3), (8, -30.0)]
 
 
@@ -874,7 +869,7 @@ def test_rollout_does_not_depend_on_padding_or_company(padding):
     prompts = make_prompts([5, 1, 9, 4, 6], padding)
     u = rand(5, 8, 10)
     whole = model.sample(prompts, u, 2, top_p=0.9)
-    scored = model.response_logp(prompts, make_trees(whole.tokens, whole.lengths))
+    scored = model.response_logp(prompts, whole.tokens, whole.lengths)
     assert len({tuple(r) for r in whole.tokens.flatten(0, 1).tolist()}) > 30
     assert scored.isfinite().all()
     for rows, K, T in [
@@ -890,7 +885,7 @@ def test_rollout_does_not_depend_on_padding_or_company(padding):
         same(part.lengths, whole.lengths[rows, :K].clamp(max=T))
         for name in ("tokens", "logq", "logp"):
             near(getattr(part, name)[part.mask], getattr(whole, name)[rows, :K, :T][part.mask])
-        again = model.response_logp(some, make_trees(whole.tokens[rows, :K, :T], part.lengths))
+        again = model.response_logp(some, whole.tokens[rows, :K, :T], part.lengths)
         near(again, scored[rows, :K, :T] * part.mask)
 
 
@@ -941,7 +936,7 @@ def test_sampler_equals_scorer(padding, temperature, top_p):
     prompts = make_prompts([3, 8, 1, 5], padding)
     rollout = model.sample(prompts, rand(4, 6, 12), 2, temperature, top_p)
     mask = rollout.mask
-    scored = model.response_logp(prompts, make_trees(rollout.tokens, rollout.lengths))
+    scored = model.response_logp(prompts, rollout.tokens, rollout.lengths)
     assert 2 in rollout.tokens[mask]
     assert (rollout.lengths == 12).any() and (rollout.lengths < 6).any()
     for i, k in itertools.product(range(4), range(6)):
@@ -970,18 +965,17 @@ def test_shared_prompt_is_the_same_as_each_response_alone(padding, adapted):
     weight = (rand(3, 4, 7, seed=1) - 0.5) * (torch.arange(7) < lengths[..., None])
     named = {n: p for n, p in model.named_parameters() if p.requires_grad and "language" in n}
     named["prompt"] = prompts.x.requires_grad_()
-    trees = make_trees(tokens, lengths)
-    together = model.response_logp(prompts, trees)
+    together = model.response_logp(prompts, tokens, lengths)
     want = torch.autograd.grad((together * weight).sum(), named.values(), retain_graph=True)
     batches = []
     for some in (slice(0, 2), slice(2, 3)):
-        batches.append((model.response_logp(prompts[some], trees[some]) * weight[some]).sum())
+        logp = model.response_logp(prompts[some], tokens[some], lengths[some])
+        batches.append((logp * weight[some]).sum())
     separate = []
     plain = []
     for i, k in itertools.product(range(3), range(4)):
         n = lengths[i, k]
-        tree = PrefixTree(tokens[i, k : k + 1, :n], n.view(1))
-        one = model.response_logp(prompts[[i]], [tree])[0, 0]
+        one = model.response_logp(prompts[[i]], tokens[[i], k : k + 1, :n], n.view(1, 1))[0, 0]
         _, brute = score_alone(model, prompts.x[i][prompts.valid[i]], tokens[i, k, :n])
         near((one, brute), (together[i, k, :n], together[i, k, :n]))
         separate.append((one * weight[i, k, :n]).sum())
@@ -990,74 +984,22 @@ def test_shared_prompt_is_the_same_as_each_response_alone(padding, adapted):
         for name, a, b in zip(named, torch.autograd.grad(loss, named.values()), want):
             assert (a - b).norm() <= 1e-4 * b.norm() and b.norm() > 1e-3, name
     sampled = model.sample(prompts, rand(3, 1, 4), 2)  # the sampler's own tensors can be trained on
-    trees = make_trees(sampled.tokens, sampled.lengths)
-    model.response_logp(prompts, trees).sum().backward()
+    model.response_logp(prompts, sampled.tokens, sampled.lengths).sum().backward()
 
 
-def test_a_prefix_tree_has_every_distinct_prefix_once():
-    """Of 1000 random groups, against the sets of their prefixes: inputs are those that
-    something follows, scored are all but the empty one; paths and parents spell the responses."""
-    rng = random.Random(3)
-    for _ in range(1000):
-        responses, tokens, lengths, _, _ = random_group(rng)
-        tree = PrefixTree(tokens, lengths)
-        prefixes = {tuple(o[:t]) for o in responses for t in range(1, len(o) + 1)}
-        followed = {tuple(o[:t]) for o in responses for t in range(len(o))} | {()}
-
-        spelled = [()]  # of each node, by its parent, which comes before it
-        for token, parent in zip(tree.inputs[1:], tree.parents[1:], strict=True):
-            spelled.append((*spelled[parent], token))
-        assert len(spelled) == len(set(spelled)) and set(spelled) == followed
-        assert tree.depths == [len(prefix) for prefix in spelled]
-        ends = [(*spelled[node], token) for node, token in tree.scored]  # of each that is scored
-        assert len(ends) == len(set(ends)) and set(ends) == prefixes
-        assert tree.width == tokens.shape[1]
-
-        for response, path in zip(responses, tree.paths, strict=True):
-            assert [ends[i] for i in path] == [
-                tuple(response[:t]) for t in range(1, len(response) + 1)
-            ]
-        for prefix, sees in zip(spelled, tree.sees.tolist(), strict=True):
-            assert sees == [prefix[: len(other)] == other for other in spelled]
-
-
-def test_the_drawn_prefix_tree():
-    """The one in PrefixTree's docstring: 9 scored of 12 tokens, and 6 inputs."""
-    words = ["Anna sold two hats .".split(), "Anna sold hats .".split(), "Anna lost .".split()]
-    ids = {word: i for i, word in enumerate(sorted(set(sum(words, []))))}
-    tree = PrefixTree(*pad_responses([[ids[word] for word in o] for o in words]))
-    names = sorted(ids)
-    assert [names[i] for i in tree.inputs[1:]] == "Anna sold two hats hats lost".split()
-    assert tree.parents[1:] == [0, 1, 2, 3, 2, 1] and tree.depths[1:] == [1, 2, 3, 4, 3, 2]
-    assert tree.paths == [[0, 1, 2, 3, 4], [0, 1, 5, 6], [0, 7, 8]] and len(tree.scored) == 9
-
-
-@pytest.mark.parametrize("share", [False, True])
-def test_what_is_shared_is_computed_once(share, monkeypatch):
-    """The decoder sees each prompt once, and each distinct prefix that something follows; logits
-    are made once for each distinct prefix."""
+def test_what_is_shared_is_computed_once(monkeypatch):
+    """The decoder sees each prompt once, and then each distinct response, in a batch as wide as the
+    longest needs; logits are made of what predicts their tokens, and of nothing else."""
     model = make_model()
     prompts = make_prompts([4, 9, 2], (2, 1.0))
-    rng = random.Random(0)
-    tokens = []
-    lengths = []
-    for _ in range(3):
-        group = [
-            [rng.randrange(3 if share else V) for _ in range(rng.randint(1, 9))] for _ in range(5)
-        ]
-        group[4] = list(group[1])
-        group_tokens, group_lengths = pad_responses(group, 9)
-        group_tokens[0] = group_tokens[3]  # stops where another goes on, with junk behind
-        group_lengths[0] = rng.randint(1, len(group[3]))
-        tokens.append(group_tokens)
-        lengths.append(group_lengths)
-    tokens = torch.stack(tokens)
-    lengths = torch.stack(lengths)
-    inner = []  # of each prompt, how many prefixes something follows
-    scored = 0  # prefixes that end in a token
-    for group, ends in zip(tokens.tolist(), lengths.tolist()):
-        inner.append(len({tuple(row[:t]) for row, n in zip(group, ends) for t in range(1, n)}))
-        scored += len({tuple(row[:t]) for row, n in zip(group, ends) for t in range(1, n + 1)})
+    tokens = (V * rand(3, 5, 9)).long()
+    lengths = torch.tensor([[7, 2, 7, 4, 4], [1, 1, 1, 1, 1], [6, 6, 6, 3, 2]])
+    tokens[0, 4, :4] = tokens[0, 3, :4]  # equal, with other junk behind
+    tokens[1] = 5  # all equal, and to other prompts' first tokens
+    tokens[2, :3, 0] = 5
+    tokens[2, 3, :3] = tokens[2, 0, :3]  # stops where another goes on
+    distinct = [4, 1, 5]
+    scored = (7 + 2 + 7 + 4) + 1 + (6 + 6 + 6 + 3 + 2)
     seen = []
     made = []
     decoder = model.language_model.model
@@ -1069,11 +1011,9 @@ def test_what_is_shared_is_computed_once(share, monkeypatch):
         return make_logits(hidden)
 
     monkeypatch.setattr(model.language_model, "logits", logits_of_hidden)
-    trees = make_trees(tokens, lengths)
-    logp = model.response_logp(prompts, trees)
-    assert seen == [(3, 11 + max(inner), 24)] and made == [scored]
-    assert [len(tree.inputs) - 1 for tree in trees] == inner
-    assert sum(inner) < int((lengths - 1).sum())
+    logp = model.response_logp(prompts, tokens, lengths)
+    assert seen == [(3, 11, 24), (sum(distinct), 6, 24)] and made == [scored]
+    assert logp.shape == (3, 5, 9)
     for i, k in itertools.product(range(3), range(5)):
         n = lengths[i, k]
         _, want = score_alone(model, prompts.x[i][prompts.valid[i]], tokens[i, k, :n])
@@ -1083,12 +1023,12 @@ def test_what_is_shared_is_computed_once(share, monkeypatch):
 
 @torch.no_grad()
 def test_responses_of_one_token_are_scored():
-    """Where no response has a second token there are no inner nodes at all."""
+    """Where no response has a second token, the prompts are all that the decoder sees."""
     model = make_model()
     prompts = make_prompts([4, 9])
     tokens = (V * rand(2, 3, 5)).long()
     lengths = torch.ones(2, 3, dtype=torch.int64)
-    logp = model.response_logp(prompts, make_trees(tokens, lengths))
+    logp = model.response_logp(prompts, tokens, lengths)
     assert logp.shape == tokens.shape and not logp[..., 1:].any()
     for i, k in itertools.product(range(2), range(3)):
         _, want = score_alone(model, prompts.x[i][prompts.valid[i]], tokens[i, k, :1])
@@ -1108,13 +1048,22 @@ def test_cached_decoding_is_the_full_forward_pass(seed):
     sees = torch.ones(B, S, S, dtype=torch.bool).tril()
     whole = decoder(x, positions, sees)
     near(model.language_model.logits(whole), causal_logits(model, x))
-    cache = KVCache(model.config.text_config, B, S + 2, "cpu", torch.float32)
-    steps = [slice(0, first), *(slice(t, t + 1) for t in range(first, S))]
-    for step in steps:
-        cache.slots = torch.arange(S)[step]
-        cache.end = step.stop
-        hidden = decoder(x[:, step], positions[:, step], sees[:, step, : step.stop], cache)
-        near(hidden, whole[:, step])
+    prompts = PromptCache()
+    near(
+        decoder(x[:, :first], positions[:, :first], sees[:, :first, :first], prompts),
+        whole[:, :first],
+    )
+    K = 2  # the same sequence twice
+    cache = DecodingCache(prompts, K, S - first + 2)
+    for t in range(first, S):
+        cache.slots = torch.tensor([t])
+        cache.end = t + 1
+        step = (y[:, t : t + 1].repeat_interleave(K, 0) for y in (x, positions, sees[..., : t + 1]))
+        hidden = decoder(*step, cache)
+        near(hidden, whole[:, t : t + 1].repeat_interleave(K, 0))
+    prompts.prompt_of = torch.tensor([2, 0, 1, 2])  # or all at once, in any order
+    rest = (y[prompts.prompt_of, first:] for y in (x, positions, sees))
+    near(decoder(*rest, prompts), whole[prompts.prompt_of, first:])
 
 
 def test_logits_in_parts_are_the_same():
@@ -1131,8 +1080,8 @@ def test_attention_kernels_may_lay_out_memory_as_they_like(monkeypatch):
     """CUDA's memory-efficient kernel returns (B, H, S, D) that lies in memory as (B, S, H, D)."""
     model = make_model()
     prompts = make_prompts([4, 9, 2])
-    trees = make_trees((V * rand(3, 4, 7)).long(), torch.full((3, 4), 7))
-    plain = model.response_logp(prompts, trees)
+    group = ((V * rand(3, 4, 7)).long(), torch.full((3, 4), 7))
+    plain = model.response_logp(prompts, *group)
     mel = randn(20, 160)
     frames = model.encode([mel])[0]
     attend = F.scaled_dot_product_attention
@@ -1141,7 +1090,7 @@ def test_attention_kernels_may_lay_out_memory_as_they_like(monkeypatch):
         return attend(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", other_layout)
-    same(model.response_logp(prompts, trees), plain)
+    same(model.response_logp(prompts, *group), plain)
     same(model.encode([mel])[0], frames)
     model.project([frames])
     model.sample(prompts, rand(3, 4, 3), 2)
@@ -1232,8 +1181,7 @@ def test_responses_end_at_the_first_eos():
             one = model.sample(prompts[[i]], u[[i], k : k + 1], eos)
             assert one.lengths.item() == n == len(calls)
     junk = torch.where(rollout.mask, rollout.tokens, (rollout.tokens + 5) % V)
-    both = [make_trees(tokens, rollout.lengths) for tokens in (rollout.tokens, junk)]
-    near(*(model.response_logp(prompts, trees) for trees in both))
+    near(*(model.response_logp(prompts, t, rollout.lengths) for t in (rollout.tokens, junk)))
 
 
 class OnDevice(TorchDispatchMode):
@@ -1307,7 +1255,7 @@ def test_bfloat16():
     prompts = make_prompts([3, 8, 1, 5])
     prompts.x = prompts.x.bfloat16()
     rollout = model.sample(prompts, rand(4, 6, 12), 2)
-    scored = model.response_logp(prompts, make_trees(rollout.tokens, rollout.lengths))
+    scored = model.response_logp(prompts, rollout.tokens, rollout.lengths)
     logits = model.language_model.logits(prompts.x)
     assert logits.dtype == scored.dtype == rollout.logp.dtype == torch.float32
     assert scored.isfinite().all() and (rollout.logp - scored)[rollout.mask].abs().max() < 0.1
@@ -1451,8 +1399,7 @@ def test_lora_layer_is_its_formula(bias):
 
 def test_lora_off_is_the_base_bit_for_bit():
     """B = 0 changes nothing; training changes A and B alone; the switch nests and returns, after
-    an exception too, to what was before; merged weights cannot be switched off, and unmerging
-    brings everything back."""
+    an exception too, to what was before."""
     model = make_model()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     base = logits_of(model)
@@ -1479,39 +1426,50 @@ def test_lora_off_is_the_base_bit_for_bit():
         pass
     assert [layer.enabled for layer in layers] == [False] + [True] * (len(layers) - 1)
     layers[0].enabled = True
-    weights = [p.clone() for p in model.parameters()]
-    for act, merged in (
-        (lora.merge, True),
-        (lora.merge, True),
-        (lora.unmerge, False),
-        (lora.unmerge, False),
-    ):
-        act(model)  # twice does nothing more
-        roughly(logits_of(model), adapted)
-        assert merged == any(
-            (a - b).abs().max() > 1e-3 for a, b in zip(model.parameters(), weights)
-        )
-        if merged:
-            with pytest.raises(ValueError, match="merged"), lora.lora_disabled(model):
-                pytest.fail("switched off")
-    with lora.lora_disabled(model):
-        roughly(logits_of(model), base)
-        assert not torch.allclose(base, adapted, atol=1e-2)
 
 
-def test_lora_rounded_once_is_lora_rounded_each_time():
-    """In bfloat16, to the bit; afterwards, and after an exception, adapters count as they are
-    again."""
-    model = make_model(scale=0.1).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_for_sampling_is_lora(dtype):
+    """Up to rounding in float32, to the bit in bfloat16, where a sum with the weight would lose
+    most of it; weights stay what they are, and adapters made ready are what they were then. After
+    an exception adapters count as they are again."""
+    model = make_model(scale=0.1).to(dtype)
     shake_lora(model)
-    plain = forward(model, MEL.bfloat16())
-    with pytest.raises(KeyError), lora.lora_rounded(model):
-        same(forward(model, MEL.bfloat16()), plain)
-        for parameter in lora.lora_parameters(model).values():
-            parameter.data.zero_()
-        same(forward(model, MEL.bfloat16()), plain)
+    mel = MEL.to(dtype)
+    with torch.no_grad():
+        plain = forward(model, mel)
+    parameters = lora.lora_parameters(model)
+    before = {n: p.clone() for n, p in model.state_dict().items() if n not in parameters}
+    check = roughly if dtype == torch.float32 else same
+    with pytest.raises(KeyError), torch.no_grad(), lora.lora_for_sampling(model):
+        check(forward(model, mel), plain)
+        for parameter in parameters.values():
+            parameter.zero_()
+        check(forward(model, mel), plain)
+        same({n: p for n, p in model.state_dict().items() if n not in parameters}, before)
         raise KeyError
-    assert not torch.equal(forward(model, MEL.bfloat16()), plain)
+    with lora.lora_disabled(model), torch.no_grad():
+        base = forward(model, mel)
+    same(forward(model, mel), base)
+    assert (plain - base).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_is_sampled_where_lora_is_off(dtype):
+    """Whichever of the two contexts is entered first."""
+    model = make_model().to(dtype)
+    prompts = make_prompts([5, 1, 9])
+    prompts.x = prompts.x.to(dtype)
+    u = rand(3, 4, 12)
+    base = model.sample(prompts, u, EOS)
+    logits = forward(model, MEL.to(dtype))
+    shake_lora(model)
+    assert not torch.equal(model.sample(prompts, u, EOS).tokens, base.tokens)
+    with lora.lora_disabled(model):
+        same(vars(model.sample(prompts, u, EOS)), vars(base))
+    with lora.lora_for_sampling(model), lora.lora_disabled(model):
+        same(forward(model, MEL.to(dtype)), logits)
 
 
 def test_lora_targets():
@@ -2250,6 +2208,48 @@ def test_cache_does_not_depend_on_the_order_of_questions(budget, batches, kept):
     assert calls[:batches] == together[:batches]
     assert {len(call) for call in calls[batches:]} <= {1}
     assert len(cache.kept) == kept and sum(tensor.nbytes for tensor in cache.kept) <= budget
+
+
+def test_audio_is_encoded_once(tmp_path, monkeypatch):
+    """Frames of next-token training are RL's: to the bit those of the base as it is loaded, which
+    encodes the other splits alone. In another dtype nothing of them is used."""
+    encoded = []
+    encode = SpeechLM.encode
+
+    def watched(model, mels):
+        encoded.append(len(mels))
+        return encode(model, mels)
+
+    heard = {}
+    hear = data.Split.hear
+
+    def remembered(split, model, tokenizer, frozen=True):
+        hear(split, model, tokenizer, frozen)
+        heard[split.name] = (model, split.audio.kept)
+
+    monkeypatch.setattr(SpeechLM, "encode", watched)
+    monkeypatch.setattr(data.Split, "hear", remembered)
+    train.main(tiny("--steps 1 --train-rows 40", out=tmp_path / "run"))
+    sizes = {name: len(kept) for name, (_, kept) in heard.items()}
+    assert sizes["train"] == 40 and encoded[:2] == [32, 8]  # in next-token training
+    assert sum(encoded) == sum(sizes.values())
+    model, kept = heard["train"]
+    rows = train.load_rows(train.Config(train_rows=40, validation_rows=1, test_rows=1))["train"]
+    again = data.Split("again", rows, 1.0)
+    hear(again, model, None)
+    same(again.audio.kept, kept)
+
+    class Other:
+        """Hears nothing, in bfloat16."""
+
+        device, dtype = model.device, torch.bfloat16
+        encode = staticmethod(lambda mels: [torch.full((2, 3), 7.0) for _ in mels])
+        project = staticmethod(lambda frames: frames)
+
+    split = data.Split("another dtype", rows[:3], 1.0)
+    split.encode(model)
+    hear(split, Other, None)
+    assert torch.equal(split.audio([0, 1, 2])[2], torch.full((2, 3), 7.0))
 
 
 def test_order_and_swap():
@@ -3243,11 +3243,11 @@ def adapted_model(dtype, device, targets=lora.DECODER_TARGETS):
 
 def eager_rollout(model, prompts, u, temperature, top_p):
     """As a CUDA graph steps, with the whole cache looked at, but one kernel after the other."""
-    with torch.no_grad(), lora.lora_rounded(model):
+    with torch.no_grad(), lora.lora_for_sampling(model):
         state = Sampling(model, prompts, u, EOS, temperature, top_p)
         state.first_token(prompts)
         for _ in range(u.shape[2] - 1):
-            state.next_token(state.capacity)
+            state.next_token(state.L + u.shape[2])
     return state.rollout
 
 
@@ -3275,7 +3275,7 @@ def test_on_device_a_graph_draws_what_eager_steps_draw(dtype, tolerance, exact_f
             got, want = (getattr(r, name)[mask] for r in (rollout, eager))
             near(got, want, atol=tolerance, rtol=0)
         host = rollout.to("cpu")
-        logp = model.response_logp(prompts, make_trees(host.tokens, host.lengths))
+        logp = model.response_logp(prompts, host.tokens, host.lengths)
         near(logp[mask], rollout.logp[mask], atol=tolerance, rtol=0)
         logp[mask].sum().backward()
         assert all(p.grad.isfinite().all() for p in lora.lora_parameters(model).values())
@@ -3297,7 +3297,7 @@ def test_on_device_gradients_are_those_of_the_cpu(dtype, tolerance, targets, exa
         model.token_logp = partial(model.token_logp, max_logits=3 * V)
         audio = model.project(model.encode(mels))
         prompts = model.embed_prompts([[1, V, 2], [3, 4, V, 5]], audio)
-        logp = model.response_logp(prompts, make_trees(tokens, lengths))
+        logp = model.response_logp(prompts, tokens, lengths)
         mask = torch.arange(6, device=device) < lengths[..., None].to(device)
         flat = [x.flatten(0, 1) for x in (logp, logp.detach(), logp.detach() - 0.1, mask)]
         advantages = randn(6, 6).to(device)
@@ -3400,8 +3400,8 @@ def test_on_device_new_shapes_cost_no_more_than_old_ones():
     def score(n):  # a prompt of n tokens, responses of n
         prompts = on(DEVICE, make_prompts([n]))
         prompts.x = prompts.x.to(model.dtype)
-        trees = [PrefixTree((V * rand(2, n, seed=n)).long(), [n, n])]
-        model.response_logp(prompts, trees).sum().backward()
+        tokens = (V * rand(1, 2, n, seed=n)).long()
+        model.response_logp(prompts, tokens, torch.tensor([[n, n]])).sum().backward()
         wait()
 
     score(100)
@@ -3458,9 +3458,9 @@ class NeverWaits(TorchDispatchMode):
 
 
 def test_scoring_never_waits_for_the_gpu(monkeypatch):
-    """Prompts, trees and the loss; that all is known from tokens on the host."""
-    tokens = (V * rand(3, 4, 6)).long()
-    trees = make_trees(tokens, torch.tensor([[6, 3, 1, 2]] * 3))
+    """Prompts, responses and the loss; that all is known from tokens on the host."""
+    tokens = (V * rand(3, 4, 6)).long().numpy()
+    lengths = np.array([[6, 3, 1, 2]] * 3)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
@@ -3471,7 +3471,7 @@ def test_scoring_never_waits_for_the_gpu(monkeypatch):
         with NeverWaits():
             audio = model.project(model.encode(mels))
             prompts = model.embed_prompts([[1, V, 2], [3, 4, V, 5], [V]], audio)
-            logp = model.response_logp(prompts, trees).flatten(0, 1)
+            logp = model.response_logp(prompts, tokens, lengths).flatten(0, 1)
             loss, _ = leaf.policy_loss(logp, logp.detach(), logp.detach(), logp.detach(), mask)
             assert loss.device.type == "cuda"
             refusals = (AssertionError, DataDependentOutputException, DynamicOutputShapeException)

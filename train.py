@@ -53,7 +53,7 @@ from lora import (
     lora_parameters,
     save_adapter,
 )
-from model import PrefixTree, SpeechConfig, SpeechLM, pad_ragged, to_device
+from model import SpeechConfig, SpeechLM, pad_ragged, to_device
 
 try:
     import resource  # memory used, on systems that have it
@@ -228,12 +228,11 @@ def train_policy(
             credited = time.perf_counter()
 
             # Reference: log-probabilities under the base, of what was sampled.
-            trees = [PrefixTree(*group) for group in zip(on_host.tokens, on_host.lengths)]
             with lora_disabled(model):
-                ref_logp = score(cfg, model, train, indices, trees)
+                ref_logp = score(cfg, model, train, indices, on_host)
             old_logp = rollout.logp
             if cfg.rescore:  # still without dropout
-                old_logp = score(cfg, model, train, indices, trees)
+                old_logp = score(cfg, model, train, indices, on_host)
 
             # Updates: some prompts per optimiser step, fewer per forward pass.
             for layer in lora_layers(model).values():
@@ -246,7 +245,7 @@ def train_policy(
                 parts = []
                 for at in micro_batches(n * own_prompts, (n + 1) * own_prompts, cfg.micro_prompts):
                     prompts = train.prompts(model, indices[at])
-                    logp = model.response_logp(prompts, trees[at])  # (p, K, T)
+                    logp = model.response_logp(prompts, on_host.tokens[at], on_host.lengths[at])
                     batch = (logp, old_logp[at], ref_logp[at], advantages[at], rollout.mask[at])
                     flat = [x.flatten(0, 1) for x in batch]  # (p * K, T)
                     loss, part = leaf.policy_loss(*flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
@@ -298,14 +297,16 @@ def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int
 
 
 @torch.no_grad()
-def score(cfg: Config, model: SpeechLM, split: data.Split, indices, trees) -> torch.Tensor:
-    """Log-probabilities (P, K, T) of responses, without gradients, micro-batch by micro-batch.
+def score(cfg: Config, model: SpeechLM, split: data.Split, indices, rollout) -> torch.Tensor:
+    """Log-probabilities (P, K, T) of a rollout that is on the host, without gradients, micro-batch
+    by micro-batch.
 
     Prompts are embedded anew, since an encoder with LoRA hears them as it is at this moment.
     """
     parts = []
     for at in micro_batches(0, len(indices), cfg.micro_prompts):
-        parts.append(model.response_logp(split.prompts(model, indices[at]), trees[at]))
+        prompts = split.prompts(model, indices[at])
+        parts.append(model.response_logp(prompts, rollout.tokens[at], rollout.lengths[at]))
     return torch.cat(parts)
 
 
@@ -452,14 +453,13 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
     trained = [model.projector, model.language_model]
     if freeze_encoder:
         model.encoder.eval().requires_grad_(False)
-        kept_frames = train.cache("encoding", lambda rows: model.encode(train.mels(rows)))
+        kept_frames = train.encode(model)
     else:
         trained.append(model.encoder)
     parameters = [p for module in trained for p in module.parameters()]
     updater = Updater(parameters, cfg.grad_clip, model.buffers())
     prompt_ids = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
-    answers = [torch.tensor([tokenizer.encode_answer(data.target(row))]) for row in train.rows]
-    trees = [PrefixTree(answer, [answer.shape[1]]) for answer in answers]  # K = 1: no branches
+    answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
     state = model.state_dict(keep_vars=True)
     with Log("sft", folder, cfg.sft_steps, state, updater.adam, cfg.save_every) as log:
         for step in range(log.start, cfg.sft_steps):
@@ -469,8 +469,9 @@ def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, free
             frames = kept_frames(rows) if freeze_encoder else model.encode(train.mels(rows))
             audio = model.project(frames)
             prompts = model.embed_prompts([prompt_ids[i] for i in rows], audio)
-            logp = model.response_logp(prompts, [trees[i] for i in rows])  # (B, 1, T), 0 past ends
-            loss = -logp.sum() / sum(answers[i].numel() for i in rows)
+            tokens, lengths = pad_ragged([answers[i] for i in rows], torch.device("cpu"))
+            logp = model.response_logp(prompts, tokens[:, None], lengths[:, None])  # 0 past ends
+            loss = -logp.sum() / int(lengths.sum())
             loss.backward()
             lr = learning_rate(cfg.base_lr, cfg.warmup, (step + 1) / cfg.sft_steps)
             grad_norm = updater.step(lr)

@@ -1,6 +1,6 @@
 """This repository against transformers + PEFT: the same weights, tokens and machine, in one run.
 
-    python -m experiments.bench                 shapes small and compact
+    python -m experiments.bench                 compact and small, answers of 16 to 400 tokens
     python -m experiments.bench --shape 2b      Granite Speech 3.3 2B; needs CUDA
 
 Three sides take the same training step, from log-mels to updated adapters:
@@ -15,12 +15,13 @@ Three sides take the same training step, from log-mels to updated adapters:
               reference is the model without adapters
 
 All freeze the encoder, leave dropout out and use leaf.policy_loss. Each samples T tokens per
-response, whatever they are; what it then scores and learns from is one given set of responses. Ours
-takes old log-probabilities from its sampler; so could "tuned", whence the row "step, old log-probs
-kept". Ours builds the prefix trees in the part "reference". First the sides must agree. Then whole
-steps are timed, the sides in turn. Memory is that of a fresh process with one side in it: weights,
-and what its first step adds at its peak. OMP_NUM_THREADS says how many threads. Results go to
-experiments/results/bench.json.
+response, whatever they are; what it then scores and learns from is one given set of responses, in
+two variants: they share beginnings as the default run's do, or nothing at all. Ours takes old
+log-probabilities from its sampler; so could "tuned", whence the row "step, old log-probs kept".
+First the sides must agree. Then whole steps are timed, the sides in turn; a ratio is the median of
+those of each round. "Official" is left out where answers are long, for its steps take minutes.
+Memory is that of a fresh process with one side in it: weights, and what its first step adds at its
+peak. OMP_NUM_THREADS says how many threads. Results go to experiments/results/bench.json.
 """
 
 import gc
@@ -45,7 +46,7 @@ import leaf
 import train
 from experiments.common import RESULTS, command_line, environment, table
 from lora import apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
-from model import EncoderConfig, PrefixTree, ProjectorConfig, SpeechConfig, SpeechLM
+from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM
 
 SIDES = ("ours", "official", "tuned")
 PARTS = ("hearing", "sampling", "old log-probs", "reference", "update")
@@ -85,15 +86,18 @@ SMALL = SpeechConfig(
     audio_token_index=1024,
 )
 CONFIGS = {
-    "small": SMALL,
     "compact": COMPACT,
+    "small": SMALL,
     "2b": SpeechConfig(EncoderConfig(num_layers=16, output_dim=256), audio_token_index=49160),
 }
-WORKLOADS = {
-    "small": Workload(8, 8, 48, 5, 20, 4, 64),
-    "compact": Workload(8, 8, 16, 3, 12, 4, 16),
+WORKLOADS = {  # by the config and T
+    "compact-16": Workload(8, 8, 16, 3, 12, 4, 16),
+    "small-48": Workload(8, 8, 48, 5, 20, 4, 64),
+    "small-200": Workload(4, 8, 200, 5, 20, 2, 64),
+    "small-400": Workload(4, 8, 400, 5, 20, 2, 64),
     "2b": Workload(6, 8, 200, 15, 50, 1, 64),  # the paper's
 }
+SHARING = {"as the default run": True, "nothing": False}
 
 
 @dataclass
@@ -102,16 +106,66 @@ class Case:
 
     mels: list[torch.Tensor]  # (frames, 160) each
     prompts: list[list[int]]  # token ids, one audio token each
-    tokens: torch.Tensor  # (P, K, T), all responses of T tokens
-    logp: torch.Tensor  # (P, K, T), as our sampler returned them
+    tokens: torch.Tensor  # (P, K, T)
+    lengths: torch.Tensor  # (P, K)
+    logp: torch.Tensor  # (P, K, T), before the update
     advantages: torch.Tensor  # (P, K, T)
     update_prompts: int
 
 
-def prepare(shape: str, work: Workload, folder: Path) -> int:
+# A rollout batch of the default run at 6e37f83 (step 196), a line per prompt: a letter is a token,
+# the same letter in a line the same token. The first four lines share as much as all eight.
+ROLLOUTS = """
+abcdefghijklm abcdnopjqlm abcdnijqlm abcdnijqlm abcdeijqlm abcdeijqlm abcdeijqlm rbcdeijqlm
+abcdefghijklm anhdefghijklm aocdefghijklm apcdefghijklm aohdefghijklm aqhdefghijklm arhdefghijklm arcdefghijklm
+abcdefghij kbcdefghij kbcdefghij kbcdefghij kbclefghij kbcdefghij abcdefghij mbclefghij
+abcdefghijklm anhdefghijklm anhdefghijklm aohdefghijklm abpdefghijklm aocdefghijklm aohdefghijklm aocdefghijklm
+abcdefghij kbcdlfghij abcdefghij mbcdefghij kbcdlfghij kbcdlfghij abcdefghij mbcdefghij
+abcdefghijklm ancdefghijklm anhdefghijklm aopdefghijklm aqhdefghijklm arcdefghijklm ascdefghijklm ashdefghijklm
+abcdefghij abcdkfghij abcdefghij abcdkfghij abcdkfghij abcdkfghij abcdkfghij abcdkfghij
+abcdefgchijkl amcdengchijkl abodengchpjkl aqodengchpjkl arodengchpjkl arcdengchijkl amcdengchpjkl arodengchijkl
+"""
+
+
+def responses(work: Workload, vocab_size: int, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens (P, K, T) and lengths (P, K) of responses that are as long, beside T, as those
+    of ROLLOUTS beside their longest. shared: what begins alike there begins alike here."""
+    lines = [line.split() for line in ROLLOUTS.split("\n") if line][: work.prompts]
+    longest = max(len(response) for line in lines for response in line)
+    ends = [round(work.tokens * t / longest) for t in range(longest + 1)]
+    tokens = torch.zeros(work.prompts, work.responses, work.tokens, dtype=torch.int64)
+    lengths = torch.zeros(work.prompts, work.responses, dtype=torch.int64)
+    behind = {}  # by prompt and beginning, the tokens that its last letter stands for
+    for p, line in enumerate(lines):
+        for k, response in enumerate(line):
+            for t in range(len(response)):
+                key = (p, None if shared else k, response[: t + 1])
+                if key not in behind:
+                    behind[key] = torch.randint(vocab_size, (ends[t + 1] - ends[t],))
+                tokens[p, k, ends[t] : ends[t + 1]] = behind[key]
+            lengths[p, k] = ends[len(response)]
+    return tokens, lengths
+
+
+def shares(tokens, lengths) -> dict[str, float]:
+    """Of responses to each prompt: the share of their tokens that differ in what they are or in
+    what is before them, and of the responses that differ."""
+    beginnings = set()
+    whole = set()
+    for p, (of_prompt, ends) in enumerate(zip(tokens.tolist(), lengths.tolist())):
+        for response, n in zip(of_prompt, ends):
+            beginnings |= {(p, *response[:t]) for t in range(1, n + 1)}
+            whole.add((p, *response[:n]))
+    return {
+        "distinct tokens": len(beginnings) / int(lengths.sum()),
+        "distinct responses": len(whole) / lengths.numel(),
+    }
+
+
+def prepare(shape: str, work: Workload, shared: bool, folder: Path) -> int:
     """Write a base model of random weights, an adapter that matters and a case into folder; returns
     the number of parameters."""
-    config = CONFIGS[shape]
+    config = CONFIGS[shape.split("-")[0]]
     torch.set_default_dtype(DTYPE)
     model = SpeechLM(config).init_weights(0)
     torch.set_default_dtype(torch.float32)
@@ -120,6 +174,7 @@ def prepare(shape: str, work: Workload, folder: Path) -> int:
     text = torch.randint(config.text_config.vocab_size, (work.prompts, work.text)).tolist()
     half = work.text // 2
     prompts = [[*row[:half], config.audio_token_index, *row[half:]] for row in text]
+    tokens, lengths = responses(work, config.text_config.vocab_size, shared)
     model.eval().save(folder)
     apply_lora(model, r=work.rank, alpha=2 * work.rank)
     for name, parameter in lora_parameters(model).items():
@@ -127,12 +182,10 @@ def prepare(shape: str, work: Workload, folder: Path) -> int:
             parameter.data.normal_(0, 0.02)
     save_adapter(model, folder / "adapter")
     model.to(DEVICE)
-    noise = torch.rand(work.prompts, work.responses, work.tokens).to(DEVICE)
     with torch.no_grad():
         heard = model.embed_prompts(prompts, model.project(model.encode(mels)))
-        rollout = model.sample(heard, noise, eos_id=-1, top_p=0.9).to("cpu")  # never ends
-    advantages = torch.randn(rollout.tokens.shape)
-    given = (rollout.tokens, rollout.logp, advantages)
+        logp = model.response_logp(heard, tokens, lengths).cpu()
+    given = (tokens, lengths, logp, torch.randn(tokens.shape))
     torch.save(vars(Case(mels, prompts, *given, work.update_prompts)), folder / "case.pt")
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
@@ -152,7 +205,7 @@ class Side:
             self.adapters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.P, self.K, self.T = case.tokens.shape
-        self.mask = torch.ones_like(case.tokens, dtype=torch.bool)
+        self.mask = torch.arange(self.T, device=case.tokens.device) < case.lengths[..., None]
         self.device = case.tokens.device
         self.updates = train.micro_batches(0, self.P, case.update_prompts)
 
@@ -199,6 +252,10 @@ class Side:
 
 
 class Ours(Side):
+    def __init__(self, model: nn.Module, case: Case):
+        super().__init__(model, case)
+        self.on_host = (case.tokens.cpu(), case.lengths.cpu())
+
     @torch.no_grad()
     def hear(self):
         sounds = self.model.project(self.model.encode(self.case.mels))
@@ -209,14 +266,14 @@ class Ours(Side):
         return self.model.sample(self.prompts, noise, -1, 0.0 if greedy else 1.0, 0.9).tokens
 
     def logp(self, prompts):
-        return self.model.response_logp(self.prompts[prompts], self.trees[prompts])
+        tokens, lengths = self.on_host
+        return self.model.response_logp(self.prompts[prompts], tokens[prompts], lengths[prompts])
 
     def policy(self):
         return self.case.logp  # the sampler's
 
     @torch.no_grad()
     def reference(self):
-        self.trees = [PrefixTree(group, [self.T] * self.K) for group in self.case.tokens.cpu()]
         with lora_disabled(self.model):
             return torch.cat([self.logp(prompts) for prompts in self.updates])
 
@@ -396,8 +453,9 @@ def prove(sides: dict[str, Side]) -> dict:
         side.backward(side.case.logp, ref, side.updates[0])
         gradient = torch.cat([p.grad.flatten() for p in side.adapters])
         side.adam.zero_grad(set_to_none=True)
-        responses = {"greedy tokens": greedy, "log-probs": old, "reference log-probs": ref}
-        found[name] = {what: x.double() for what, x in responses.items()}
+        found[name] = {"greedy tokens": greedy.double()}
+        found[name]["log-probs"] = (old * side.mask).double()
+        found[name]["reference log-probs"] = (ref * side.mask).double()
         found[name]["gradient"] = gradient.double()
     proof = {"official": {}, "tuned": {}}
     for name, gaps in proof.items():
@@ -438,64 +496,80 @@ def measure(name: str, folder: Path) -> dict:
     return {"weights_gb": weights / 1e9, "memory_gb": (peak - before) / 1e9}
 
 
-def bench(shape: str, repeats: int = 5) -> dict:
+def bench(shape: str, sharing: str, repeats: int = 5) -> dict:
     """Everything about one shape, printed and returned."""
     work = WORKLOADS[shape]
+    names = SIDES if work.tokens < 200 or DEVICE.type == "cuda" else ("ours", "tuned")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        parameters = prepare(shape, work, folder)
-        sides = {name: load_side(name, folder) for name in SIDES}
-        tokens = sides["ours"].mask.numel()
-        print(f"\n{shape}: {parameters:,} parameters, {tokens} tokens scored, {DTYPE} on {DEVICE}")
+        parameters = prepare(shape, work, SHARING[sharing], folder)
+        sides = {name: load_side(name, folder) for name in names}
+        case = sides["ours"].case
+        share = shares(case.tokens, case.lengths)
+        tokens = int(case.lengths.sum())
+        print(f"\n{shape}: {parameters:,} parameters, {DTYPE} on {DEVICE}; sharing {sharing}:")
+        print(f"{tokens} tokens, " + ", ".join(f"{x:.0%} {what}" for what, x in share.items()))
         proof = prove(sides)
-        timed = {name: [] for name in SIDES}
+        timed = {name: [] for name in names}
         for _ in tqdm(range(repeats + 1), desc="steps", leave=False):
             for name, side in sides.items():
                 timed[name].append(side.step())
         del sides, side
         torch.cuda.empty_cache()
-        medians = {}
+        medians, ratios = {}, {}
         for name, steps in timed.items():
             del steps[0]  # it warmed up
             medians[name] = {part: median(step[part] for step in steps) for part in steps[0]}
+            ratios[name] = {
+                part: median(
+                    theirs[part] / ours[part] for theirs, ours in zip(steps, timed["ours"])
+                )
+                for part in steps[0]
+            }
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
-                medians[name] |= fresh_process.submit(measure, name, folder).result()
-    show(medians, tokens)
+                memory = fresh_process.submit(measure, name, folder).result()
+            medians[name] |= memory
+            ratios[name] |= {what: memory[what] / medians["ours"][what] for what in memory}
+    show(medians, ratios)
     return {
         "workload": asdict(work),
         "parameters": parameters,
         "tokens": tokens,
+        "shares": share,
         "proof": proof,
         "medians": medians,
+        "ratios": ratios,
         "repeats": timed,
         "environment": environment() | VERSIONS,
     }
 
 
-def show(medians: dict, tokens: int):
+def show(medians: dict, ratios: dict):
     rows = []
-    for key, ours in medians["ours"].items():
-        times = [medians[name][key] for name in SIDES]
-        rows.append([key.removesuffix("_gb"), *(f"{1e3 * value:.1f}" for value in times)])
+    peers = list(medians)[1:]
+    for key in medians["ours"]:
+        row = [key.removesuffix("_gb"), *(f"{1e3 * of[key]:.1f}" for of in medians.values())]
         if key != "old log-probs":  # ours has them already
-            rows[-1] += [f"{value / ours:.2f}" for value in times[1:]]
-    print(table(["ms and MB", *SIDES, "official/ours", "tuned/ours"], rows))
-    print(f"ours: {tokens / medians['ours']['step']:.0f} tokens/s")
+            row += [f"{ratios[peer][key]:.2f}" for peer in peers]
+        rows.append(row)
+    print(table(["ms and MB", *medians, *(f"{peer}/ours" for peer in peers)], rows))
 
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=["small", "compact"])
+    on_cpu = [shape for shape in WORKLOADS if not shape.startswith("2b")]
+    parser.add_argument("--shape", nargs="+", choices=WORKLOADS, default=on_cpu)
     args = parser.parse_args()
-    if "2b" in args.shape and DEVICE.type != "cuda":
+    if set(args.shape) - set(on_cpu) and DEVICE.type != "cuda":
         parser.error("--shape 2b needs a GPU")
     path = RESULTS / "bench.json"
     for shape in args.shape:
-        found = bench(shape)
-        results = train.read_json(path) if path.exists() else {}
-        name = str(DTYPE).removeprefix("torch.")
-        results[f"{shape}, {DEVICE.type}, {name}, {torch.get_num_threads()} threads"] = found
-        train.write_json(path, results)
+        for sharing in SHARING:
+            found = bench(shape, sharing)
+            results = train.read_json(path) if path.exists() else {}
+            made_on = f"{DEVICE.type}, {DTYPE}, {torch.get_num_threads()} threads"
+            results[f"{shape}, sharing {sharing}, {made_on}".replace("torch.", "")] = found
+            train.write_json(path, results)
 
 
 if __name__ == "__main__":

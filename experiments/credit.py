@@ -36,7 +36,7 @@ from experiments.common import RESULTS, command_line, environment, rounded, save
 from experiments.law import predicted_gain, relative
 from experiments.methods import BASELINE, HALF_WAY, NO_MULTIPLICITY, OURS, PLAIN
 from lora import lora_parameters
-from model import PrefixTree, Prompts, Rollout, SpeechLM
+from model import Prompts, Rollout, SpeechLM
 
 SEED = 11  # of everything random here
 ROWS = 1024  # of the training rows: the prompts
@@ -166,10 +166,8 @@ def roll(policy: Policy, indices: list[int], n: int, stream: int, K: int, top_p:
 def gradients(policy: Policy, batch: Batch, credits, token_mean: bool) -> torch.Tensor:
     """Of credit times log-probability, its mean over responses of the mean or sum over a response's
     tokens: credits (n, P, K, T) -> (n, D)."""
-    groups = zip(batch.rollout.tokens, batch.rollout.lengths)
-    packed = [PrefixTree(*group) for group in groups]
-    logp = policy.model.response_logp(batch.prompts, packed)  # (P, K, T)
     lengths = batch.rollout.lengths
+    logp = policy.model.response_logp(batch.prompts, batch.rollout.tokens, lengths)  # (P, K, T)
     per = lengths[..., None] if token_mean else 1
     weights = credits * batch.rollout.mask / per / lengths.numel()
     parameters = [p for n, p in lora_parameters(policy.model).items() if n.endswith("lora_B")]

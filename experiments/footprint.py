@@ -18,6 +18,7 @@ import weakref
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,7 +29,7 @@ import train
 from experiments import bench
 from experiments.common import RESULTS, environment, table
 from lora import apply_lora, lora_layers
-from model import PrefixTree, SpeechConfig, SpeechLM, TextConfig
+from model import SpeechConfig, SpeechLM, TextConfig
 
 # As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder,
 # projector) and granite-3.1-8b-instruct say (decoder).
@@ -87,7 +88,7 @@ def compute(config: SpeechConfig, work: bench.Workload) -> dict:
     """Parameters, and GB at most of sampling and of an update, with what a run holds beside it."""
     P, K, T = work.prompts, work.responses, work.tokens
     # Of plain numbers, which fake tensors do not have; no two tokens are the same.
-    tree = PrefixTree(torch.arange(K * T).view(K, T), [T] * K)
+    on_host = (np.arange(P * K * T).reshape(P, K, T), np.full((P, K), T))
     text = [1] * (work.text // 2)
     with (
         mock.patch.object(F, "dropout", dropout),
@@ -96,7 +97,7 @@ def compute(config: SpeechConfig, work: bench.Workload) -> dict:
         # sample() asks whether all responses have ended: yes after the second token, by when all
         # that is large was there.
         mock.patch.object(torch.Tensor, "all", side_effect=[False, True]),
-        FakeTensorMode(allow_non_fake_inputs=True),  # what a tree's mask is made of
+        FakeTensorMode(allow_non_fake_inputs=True),  # the tokens, from the host
         Meter() as meter,
     ):
         torch.set_default_dtype(torch.bfloat16)
@@ -108,6 +109,7 @@ def compute(config: SpeechConfig, work: bench.Workload) -> dict:
             mels=[],
             prompts=[[*text, config.audio_token_index, *text]] * P,
             tokens=torch.zeros(P, K, T, dtype=torch.int64),
+            lengths=torch.full((P, K), T),
             logp=torch.zeros(P, K, T),
             advantages=torch.ones(P, K, T),
             update_prompts=work.update_prompts,
@@ -121,7 +123,7 @@ def compute(config: SpeechConfig, work: bench.Workload) -> dict:
         ours.sample()
         sampling = meter.peak / 1e9
         meter.peak = 0
-        ours.trees = [tree] * P
+        ours.on_host = on_host
         ours.updates = ours.updates[:2]  # the first makes AdamW's moments, the second has them
         for layer in lora_layers(model).values():
             layer.train()

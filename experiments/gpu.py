@@ -50,8 +50,8 @@ PARTS = {
     "tests": tests,
     "default": default,
     "default without graph": partial(default, "--no-cuda-graph"),
-    "bench compact": partial(bench.bench, "compact"),
-    "bench 2b": partial(bench.bench, "2b"),
+    "bench compact": partial(bench.bench, "compact-16", "as the default run"),
+    "bench 2b": partial(bench.bench, "2b", "nothing"),
 }
 
 

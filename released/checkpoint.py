@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 
 from data import DataError, read_json, reading
-from lora import load_adapter, lora_layers, merge, read_tensors
+from lora import load_adapter, lora_layers, read_tensors
 from model import SpeechLM
 
 
@@ -49,12 +50,14 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
 
 
+@torch.no_grad()
 def fold(model: nn.Module):
-    """Merge adapters for good: plain linear layers again, ready for another adapter."""
-    merge(model)
+    """Adapters become part of the weights, and their layers plain ones, ready for another adapter."""
     for name, layer in lora_layers(model).items():
         has_bias = layer.bias is not None
         plain = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
         plain.weight = layer.weight
         plain.bias = layer.bias
+        # Added in float32, so that the sum is rounded once.
+        plain.weight.copy_(layer.weight.float() + layer.scale * layer.lora_B @ layer.lora_A)
         model.set_submodule(name, plain.train(layer.training))
