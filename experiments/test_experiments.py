@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import types
 from statistics import fmean
@@ -12,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import leaf
 import train
 from data import UserError
 from experiments import bench, common, compare, credit, footprint, gpu, law, methods
-from model import PrefixTree, Prompts
+from model import Prompts
 from test_leaf import (
     EOS,
     make_model,
@@ -235,28 +236,31 @@ def test_a_difference_is_called_equal_only_within_the_margin():
     assert compare.verdict(0.4, 0.7) == compare.verdict(0.0, 1.0) == "open"
 
 
-def a_result(method, base, seed, score, stage="main", **more):
-    which = {"stage": stage, "task": "qa", "method": method, "base": base, "seed": seed}
-    return {**which, "lr": 1e-3, **more, "test": {m: score for m in compare.METRICS}}
+def a_result(method, base, seed, score, **more):
+    which = {"stage": "main", "task": "qa", "method": method, "base": base, "weights": f"{base}"}
+    which |= {"seed": seed, "lr": 1e-3, "test": {m: score for m in compare.METRICS}}
+    return which | more
 
 
 def test_differences_are_paired_by_base_and_seed():
+    """By the base's weights: on another processor the same seed makes another one."""
     rng = random.Random(0)
     lines = []
     for base, seed in itertools.product(range(4), range(5)):
         luck = rng.uniform(0, 50)  # what a base and a seed bring cancels
         lines += [
-            a_result("LEAF", base, seed, luck + 2 + base),
-            a_result(compare.BASELINE, base, seed, luck),
+            a_result(compare.LEAF, base, seed, luck + 2 + base),
+            a_result(compare.FLOOR, base, seed, luck),
         ]
-    lines.append(a_result("LEAF", 0, 77, 1e6))  # without a partner
+    lines.append(a_result(compare.LEAF, 0, 77, 1e6))  # without a partner
+    lines.append(a_result(compare.LEAF, 0, 78, 1e6))
+    lines.append(a_result(compare.FLOOR, 0, 78, 0.0, weights="others"))
     rng.shuffle(lines)
-    runs = {(r["task"], r["method"], r["base"], r["seed"]): r for r in lines}
     half = common.student(3) * math.sqrt(5 / 3) / 2
-    methods_ = ("qa", "LEAF"), ("qa", compare.BASELINE)
-    pairs, *found = compare.difference(runs, *methods_, compare.METRICS[0])
+    pair = compare.LEAF, compare.FLOOR
+    pairs, *found = compare.difference(lines, "qa", *pair, compare.METRICS[0])
     assert pairs == 20 and found == pytest.approx([3.5, half])
-    assert compare.difference(runs, ("qa", "LEAF"), ("late", "LEAF"), compare.METRICS[0]) is None
+    assert compare.difference(lines, "translation", *pair, compare.METRICS[0]) is None
 
 
 def test_the_best_rate_is_the_best_mean_at_the_end():
@@ -266,9 +270,7 @@ def test_the_best_rate_is_the_best_mean_at_the_end():
         for lr, scores in at_end.items()
         for score in scores
     ]
-    assert compare.best_rates(runs, 2) == {("qa", "LEAF"): [2e-3, 1e-3]}
-    runs += [runs[0], runs[1]]  # run again, as the two best are: a rate tried less often is out
-    assert compare.best_rates(runs, 1) == {("qa", "LEAF"): [1e-3]}
+    assert compare.best_rates(runs) == {("qa", "LEAF"): 2e-3}
 
 
 TINY = dict(
@@ -289,119 +291,69 @@ TINY = dict(
 )
 
 
-def arguments(**given):
-    """Of compare's command line, as far as it is read."""
-    defaults = dict(corpus=None, seeds=5, lr=None)
-    return types.SimpleNamespace(**defaults | given)
-
-
 def test_a_comparison_pairs_its_runs_and_tests_what_it_reports(tmp_path, monkeypatch):
-    """In miniature: bases, rates on validation alone, then LEAF and GRPO from the same rollouts;
-    a line for each."""
+    """In miniature: bases, rates on validation alone, then all methods from the same rollouts; a
+    line for each. What was kept is not run again."""
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
     monkeypatch.setattr(compare, "RUN", TINY)
-    monkeypatch.setattr(compare, "BASES", range(1))
-    monkeypatch.setitem(compare.RATES, "qa", (1e-3, 2e-3))
-    args = arguments(out=tmp_path, tasks=["qa"])
+    monkeypatch.setattr(compare, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(compare, "RATE_BASES", (0,))
+    monkeypatch.setattr(compare, "SEEDS", (0, 3))
+    monkeypatch.setattr(compare, "LARGER_GROUPS", {"LEAF, K=16": {"responses": 8, "prompts": 2}})
+    args = types.SimpleNamespace(out=tmp_path / "runs", tasks=["qa"], bases=[0])
     with pytest.raises(UserError, match="run the stage rates"):
         compare.missing(args, "main")
     compare.make_base(args, "qa", 0)
     with monkeypatch.context() as m:
         touched = "the test split was touched to choose a learning rate"
         m.setattr(train, "evaluate", lambda *_: pytest.fail(touched))
-        for stage in ("rates", "finals"):
-            for job in compare.plan(args, stage):
-                compare.run(args, *job)
-    assert len(compare.finished(args, "rates")) == 2 * len(methods.METHODS)
-    assert len(compare.finished(args, "finals")) == 2 * len(methods.METHODS)
-    final = next((tmp_path / "finals").glob("*.json"))
-    final.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="run the stage finals"):
-        compare.missing(args, "main")
-    (tmp_path / "away").rename(final)
+        for job in compare.missing(args, "rates"):
+            compare.run(args, *job)
+    assert len(compare.finished(args, "rates")) == 2 * len(compare.METHODS)
     jobs = [job for job in compare.missing(args, "main") if job[4] == 3]
-    assert [job[2] for job in jobs] == list(methods.METHODS)
-    asked = compare.plan(arguments(out=tmp_path, tasks=["qa"], lr=5e-4), "main")
-    assert asked == [(*job[:-1], 5e-4) for job in compare.plan(args, "main")]
-    beside = compare.plan(arguments(out=tmp_path, tasks=["qa"], seeds=2), "confounds")
-    assert {job[1:3] for job in beside} == {("qa", method) for method in compare.BESIDE}
-    assert {job[4] for job in beside} == {0, 1}
+    assert [job[2] for job in jobs] == [*compare.METHODS, "LEAF, K=16"]
+    assert (
+        jobs[0][5]
+        == jobs[-1][5]
+        == compare.best_rates(compare.finished(args, "rates"))["qa", "LEAF"]
+    )
     for job in jobs:
         compare.run(args, *job)
     runs = compare.finished(args, "main")
-    assert {r["method"] for r in runs} == set(methods.METHODS)
+    assert {r["method"] for r in runs} == {job[2] for job in jobs}
     assert all("BLEU greedy" in r["test"] for r in runs)
     assert {r["environment"]["torch"] for r in runs} == {torch.__version__}
-    assert [f.name for f in (tmp_path / "main").iterdir() if f.is_dir()] == []
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    (weights,) = {r["weights"] for r in runs}
+    assert weights == compare.finished(args, "bases")[0]["weights"]
+    assert [f.name for f in (tmp_path / "runs" / "main").iterdir() if f.is_dir()] == []
     compare.keep(args)
-    other = a_result("LEAF", 0, 0, 1.0) | {"task": "translation", "environment": {"code": "old"}}
+    other = a_result("LEAF", 0, 0, 1.0, task="translation", environment={"code": "old"})
     with open(tmp_path / "compare.jsonl", "a") as file:
-        file.write(json.dumps(other) + "\n" + json.dumps(other | {"task": "qa"}) + "\n")
+        file.write(json.dumps(other) + "\n")
     compare.keep(args)  # what these runs do not replace stays
     lines = read_json_lines(tmp_path / "compare.jsonl")
     assert [r["task"] for r in lines].count("translation") == 1
     assert sum(r["stage"] == "main" and r["task"] == "qa" for r in lines) == len(jobs)
+    shutil.rmtree(tmp_path / "runs")
+    assert compare.missing(args, "rates") == []
+    assert {job[4] for job in compare.missing(args, "main")} == {0}
     compare.report(lines)
     told = (tmp_path / "compare.md").read_text()
-    assert "| qa | LEAF |" in told and f"| qa | LEAF − {compare.BASELINE} | 1 |" in told
+    assert "| qa | LEAF |" in told and f"| qa | LEAF − {compare.FLOOR} | 1 |" in told
     assert '1 runs: {"code": "old"}' in told
 
 
-def test_a_setting_is_qa_under_another_reward(tmp_path, monkeypatch):
-    """Its base is qa's, its runs are chosen and judged by its own reward, and qa's keep theirs."""
-    row = {"reference": "On Sunday Anna was at the market."}
-    answers = {"On Monday Anna sat by the market.": (2 / 3, 2 / 3), "market. the at": (0, 1 / 3)}
-    answers |= {"": (0, 0), "On": (1 / 3, 0), "so at the market.": (0, 1)}
-    for answer, wanted in answers.items():
-        found = compare.first_words(answer, row), compare.last_words(answer, row)
-        assert found == pytest.approx(wanted)
-    monkeypatch.setattr(compare, "RUN", TINY)
-    monkeypatch.setattr(compare, "SHORT", {"steps": 2})
-    monkeypatch.setattr(compare, "NOISE_STEPS", 1)
-    monkeypatch.setattr(leaf, "gradient_noise", lambda *_: (3.0, 2.0))
-    monkeypatch.setattr(compare, "BASES", range(1))
-    monkeypatch.setattr(data, "reward", data.reward)  # put back afterwards
-    args = arguments(out=tmp_path, tasks=["early-K32", "qa"], lr=1e-3)
-    compare.make_base(args, "qa", 0)
-    jobs = [job for job in compare.plan(args, "main") if job[4] == 0]
-    assert len(jobs) == 2 * len(methods.METHODS)
-    wanted = {"early-K32": compare.HALF_WAY, "qa": "LEAF"}
-    policies = []
-    adapt = train.adapt
-    monkeypatch.setattr(train, "adapt", lambda *given: policies.append(given[0]) or adapt(*given))
-    seen = {}
-    for job in jobs:
-        if job[2] == wanted[job[1]]:
-            compare.run(args, *job)
-            seen[job[1]] = data.reward, policies[-1].responses, policies[-1].prompts
-    assert seen == {"early-K32": (compare.first_words, 32, 2), "qa": (compare.BLEU, 4, 2)}
-    found = {r["task"]: r for r in compare.finished(args, "main")}
-    early = found["early-K32"]
-    assert list(early["validation"]) == ["2"] and "mean reward x100" in early["test"]
-    assert early["noise"] == [6, 4]  # of the 2 prompts of one step
-    assert f"| early-K32 | {compare.HALF_WAY} |" in compare.score_table(list(found.values()))
-
-
-def test_every_method_of_the_comparison_is_flags_of_train_and_a_credit_rule():
-    """And gives credit that differs from all others' on rollouts where it can."""
-    rng = random.Random(2)
+def test_the_methods_of_the_comparison_sample_as_much():
+    """Each with its own credit."""
+    tokens, lengths = pad_responses([[1, 2, 3, 4], [1, 2, 4], [1, 3, 3], [2, 2, 2]])
+    surprisal = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3))
     seen = set()
-    for name, method in (methods.METHODS | compare.BESIDE).items():
-        cfg = train.Config(**method.flags)
+    for name, flags in (compare.METHODS | compare.LARGER_GROUPS).items():
+        cfg = train.Config(**flags)
         assert cfg.prompts * cfg.responses == 64 and cfg.prompts == 2 * cfg.update_prompts, name
-        rng.seed(2)
-        torch.manual_seed(0)
-        rows = [[rng.randint(1, 2) for _ in range(20)] for _ in range(6)]
-        rows += [rows[0][:10] + [2] * 10] * 2
-        tokens, lengths = pad_responses([[1] * 6 + row for row in rows])
-        surprisal = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3))
-        rewards = [rng.random() for _ in lengths]
-        advantages, boundaries = method.credit(cfg, tokens, lengths, surprisal, rewards)
-        assert advantages.shape == tokens.shape and all(type(b) is int for b in boundaries)
-        if ", K" not in name:
-            seen.add(tuple(advantages.flatten().tolist()))
-    # A heavier penalty is no other credit.
-    assert len(seen) == len(methods.METHODS | methods.CONFOUNDS) - 1
+        advantages, _ = train.credit(cfg, tokens, lengths, surprisal, [0.1, 0.2, 0.4, 0.3])
+        seen.add(tuple(advantages.flatten().tolist()))
+    assert len(seen) == len(compare.METHODS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -444,7 +396,7 @@ def test_the_true_gradient_is_that_of_all_responses(microscope, monkeypatch, tmp
     tokens, lengths = pad_responses(responses)
     expected = 0
     for row in range(2):
-        logp = model.response_logp(split.prompts(model, [row]), [PrefixTree(tokens, lengths)])
+        logp = model.response_logp(split.prompts(model, [row]), tokens[None], lengths[None])
         chance = logp[0].sum(1).exp()
         assert chance.sum().item() == pytest.approx(1, abs=1e-4)
         texts = [split.tokenizer.decode(o) for o in responses]
@@ -484,8 +436,7 @@ def test_batches_are_measured_for_every_rule_as_the_loss_weighs_it(microscope, m
         indices = rng.integers(2, size=2).tolist()
         batch = credit.roll(microscope, indices, n, stream=4, K=4, top_p=0.9)
         rollout = batch.rollout
-        trees = [PrefixTree(*group) for group in zip(rollout.tokens, rollout.lengths)]
-        logp = microscope.model.response_logp(batch.prompts, trees)
+        logp = microscope.model.response_logp(batch.prompts, rollout.tokens, rollout.lengths)
         for rule, (where, B) in credit.COLUMNS:
             for weights in credit.REWARDS.values():
                 advantages = torch.zeros(logp.shape)
@@ -583,7 +534,8 @@ def test_the_dial_goes_on_where_it_was_stopped(microscope, monkeypatch, tmp_path
 def test_the_three_sides_of_the_benchmark_compute_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(bench, "DTYPE", torch.float32)
-    bench.prepare("compact", bench.Workload(2, 2, 3, 1, 4, 1, 2), tmp_path)
+    monkeypatch.setattr(bench, "ROLLOUTS", "\nabc abcde\nab ab\n")
+    bench.prepare("compact", bench.Workload(2, 2, 5, 1, 4, 1, 2), True, tmp_path)
     sides = {name: bench.load_side(name, tmp_path) for name in bench.SIDES}
     proof = bench.prove(sides)
     assert max(max(gaps.values()) for gaps in proof.values()) < 1e-5
@@ -594,6 +546,38 @@ def test_the_three_sides_of_the_benchmark_compute_the_same(tmp_path, monkeypatch
     for side in sides.values():
         seconds = side.step()
         assert seconds["step"] == pytest.approx(sum(seconds[part] for part in bench.PARTS))
+
+
+def test_responses_share_what_they_share_in_the_default_run():
+    """Whatever T is: of each pair, the part of the longest response that begins alike, and which
+    are equal; lengths too. Or nothing."""
+    lines = [line.split() for line in bench.ROLLOUTS.strip().splitlines()]
+    for T in (16, 400):
+        work = bench.Workload(8, 8, T, 3, 12, 4, 16)
+        tokens, lengths = bench.responses(work, 800, shared=True)
+        alone, same_lengths = bench.responses(work, 800, shared=False)
+        assert torch.equal(lengths, same_lengths) and lengths.max() == T
+        for p, k, j in itertools.product(range(8), range(8), range(8)):
+            one, other = lines[p][k], lines[p][j]
+            alike = len(os.path.commonprefix([one, other]))
+            n = min(lengths[p, k], lengths[p, j]).item()
+            shared = (tokens[p, k, :n] == tokens[p, j, :n]).int().cumprod(0).sum().item()
+            assert abs(lengths[p, k] / T - len(one) / 13) <= 0.5 / T + 1e-6
+            assert abs(shared / T - alike / 13) <= 1.6 / T  # one more may be equal by chance
+            assert (one == other) == torch.equal(tokens[p, k], tokens[p, j])
+            assert k == j or not (alone[p, k, :n] == alone[p, j, :n]).int().cumprod(0).sum() > 1
+        found = bench.shares(tokens, lengths)
+        assert found["distinct responses"] == 43 / 64
+        assert found["distinct tokens"] == pytest.approx(0.61, abs=0.03)
+        assert bench.shares(alone, lengths)["distinct responses"] == 1
+        assert bench.shares(alone, lengths)["distinct tokens"] > 0.98
+
+
+def test_shares_by_hand():
+    """Of abc, ab, abd and, to another prompt, ab, c, c: a, ab, abc, abd, a, ab, c of 12 tokens."""
+    tokens = torch.tensor([[[1, 2, 3], [1, 2, 9], [1, 2, 4]], [[1, 2, 9], [3, 9, 8], [3, 7, 7]]])
+    lengths = torch.tensor([[3, 2, 3], [2, 1, 1]])
+    assert bench.shares(tokens, lengths) == {"distinct tokens": 7 / 12, "distinct responses": 5 / 6}
 
 
 def test_the_meter_counts_what_is_alive():
