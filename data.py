@@ -4,7 +4,8 @@ A row is a dict {"audio", "prompt", "reference"} and optionally
 
     "transcript"  the words spoken: trains the encoder's CTC head (characters)
     "target"      what supervised training of the base teaches; default: the reference
-    "slots"       words or phrases that only the audio tells, e.g. ["seven", "bought|purchased"]
+    "slots"       words or phrases that only the audio tells, e.g. ["seven", "bought|purchased"];
+                  {"number": "seven", "verb": "bought|purchased"}: evaluation reports each field
     "group"       a name under which evaluation reports these rows separately
 
 A corpus is a folder with train.jsonl, validation.jsonl and test.jsonl, one row a line, audio paths
@@ -167,26 +168,42 @@ def _bleu(counts: np.ndarray, effective_order: bool) -> float:
 WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 
 
-def spoken_words(text: str) -> str:
-    """The text's words (letters, their marks, digits) in lower case, a blank on either side of each,
-    so that a phrase is found as a whole; a character of a script without blanks is a word."""
-    text = unicodedata.normalize("NFC", text.lower())
-    text = re.sub(f"([{WITHOUT_BLANKS}])", r" \1 ", text)
+def words_and_gaps(text: str) -> list[str]:
+    """The text in pieces: gap, word, gap, ..., word, gap. A word is letters, their marks and digits;
+    a character of a script without blanks is one."""
     in_word = [c == "_" or unicodedata.category(c)[0] in "LMN" for c in text]
-    words = "".join(c if kept else " " for c, kept in zip(text, in_word)).split()
-    return f" {' '.join(words)} "
+    spaced = "".join(c if kept else " " for c, kept in zip(text, in_word))
+    words = re.finditer(f"[{WITHOUT_BLANKS}]|[^ {WITHOUT_BLANKS}]+", spaced)
+    cuts = [0, *(cut for word in words for cut in word.span()), len(text)]
+    return [text[start:end] for start, end in zip(cuts, cuts[1:])]
 
 
-def slot_accuracy(answers: list[str], rows: list[dict]) -> float:
-    """Share of the rows' slots (0..1) found in the answers as whole words; nan without slots."""
-    found = total = 0
+def spoken_words(text: str) -> list[str]:
+    """The text's words in lower case."""
+    return words_and_gaps(unicodedata.normalize("NFC", text.lower()))[1::2]
+
+
+def named_slots(row: dict) -> list[tuple[str, str]]:
+    """(field, slot) for each slot of a row; in a list they have no field: ""."""
+    slots = row.get("slots", [])
+    return list(slots.items()) if isinstance(slots, dict) else [("", slot) for slot in slots]
+
+
+def occurrences(slot: str, words: list[str]) -> list[slice]:
+    """Where a slot stands among the words: any of its phrases "a|b|c", as a whole."""
+    phrases = [phrase for phrase in map(spoken_words, slot.split("|")) if phrase]
+    spans = [slice(i, i + len(phrase)) for phrase in phrases for i in range(len(words))]
+    return [span for span in spans if words[span] in phrases]
+
+
+def slot_accuracy(answers: list[str], rows: list[dict], field: str = "") -> float:
+    """Share (0..1) of the rows' slots, or of a field's, found in the answers; nan without any."""
+    found = []
     for answer, row in zip(answers, rows):
         words = spoken_words(answer)
-        for slot in row.get("slots", ()):
-            options = [spoken_words(option) for option in slot.split("|")]
-            found += any(option in words for option in options if option.strip())
-            total += 1
-    return found / total if total else math.nan
+        slots = [slot for name, slot in named_slots(row) if not field or name == field]
+        found += [bool(occurrences(slot, words)) for slot in slots]
+    return sum(found) / len(found) if found else math.nan
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -220,6 +237,9 @@ def swapped_audio(rows: list[dict]) -> list[int]:
     return other
 
 
+HEARD = "heard %, "  # begins the name of a field's score
+
+
 def evaluation_scores(
     rows: list[dict], greedy: list[str], passes: list[list[str]], swapped: list[str] | None
 ) -> dict[str, float]:
@@ -244,11 +264,13 @@ def evaluation_scores(
         "mean reward x100": 100 * np.mean([reward_all(answers, rows) for answers in passes]),
     }
     if swapped:
-        scores["slots heard %"] = 100 * slot_accuracy(greedy, rows)
-        scores["slots, audio swapped %"] = 100 * slot_accuracy(swapped, rows)
+        scores["heard %"] = 100 * slot_accuracy(greedy, rows)
+        for field in dict.fromkeys(name for row in rows for name, _ in named_slots(row) if name):
+            scores[HEARD + field] = 100 * slot_accuracy(greedy, rows, field)
+        scores["heard, audio swapped %"] = 100 * slot_accuracy(swapped, rows)
         # What the swapped audio's own right answers would score: the level of not listening.
         others = [references[j] for j in swapped_audio(rows)]
-        scores["slots, chance %"] = 100 * slot_accuracy(others, rows)
+        scores["heard, chance %"] = 100 * slot_accuracy(others, rows)
     for group in sorted({row["group"] for row in rows if "group" in row}):
         chosen = [i for i, row in enumerate(rows) if row.get("group") == group]
         answers = [greedy[i] for i in chosen]
@@ -562,10 +584,11 @@ def parse_row(line: bytes, folder: Path) -> dict:
         if not isinstance(row.get(name, ""), str):
             raise DataError(f"field {name!r} is not a string")
     slots = row.get("slots", [])
+    slots = list(slots.values()) if isinstance(slots, dict) else slots
     if not isinstance(slots, list) or not all(isinstance(slot, str) for slot in slots):
-        raise DataError("field 'slots' is not a list of strings")
+        raise DataError("field 'slots' is neither a list nor an object of strings")
     for slot in slots:
-        if not spoken_words(slot).strip():
+        if not spoken_words(slot):
             raise DataError(f"the slot {slot!r} holds no word, so no answer can match it")
     times = row["prompt"].count(AUDIO)
     if times != 1:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import timeit
+import types
 import warnings
 from dataclasses import asdict, fields
 from fractions import Fraction
@@ -1742,6 +1743,56 @@ def test_reward_and_slots_by_hand():
     assert data.slot_accuracy(["She PURCHASED seven.", "red", "reddish"], rows) == 2 / 3
     assert data.slot_accuracy(["seventy boughts", "", "a red, hat"], rows) == 1 / 3
     assert math.isnan(data.slot_accuracy(["a"], [{}]))
+    rows[0] = {"slots": {"number": "Seven", "verb": "bought|purchased"}}  # by field, which counts
+    rows[1] = {"slots": {"verb": "sold"}}
+    answers = ["She PURCHASED eleven.", "red", "red"]
+    assert data.slot_accuracy(answers, rows) == 2 / 4
+    assert data.slot_accuracy(answers, rows, "verb") == 1 / 2
+    assert data.slot_accuracy(answers, rows, "number") == 0
+    assert math.isnan(data.slot_accuracy(answers, rows, "colour"))  # those of a list have no field
+
+
+def test_a_deaf_field_is_seen(capsys):
+    """Six fields are always right and the verb is at chance: the mean is high, and whoever reads the
+    table finds the verb, in its row and in the last one; where training makes another field worse,
+    each column names its own."""
+    verbs = ("bought", "sold", "found", "lost")
+    right = {"name": "Anna", "number": "six", "colour": "red", "thing": "hats", "place": "school"}
+    right["day"] = "Sunday"
+    said = "Anna {} six red hats at the school on {}."
+    rows = [
+        {
+            "prompt": AUDIO + "?",
+            "reference": said.format(verb, "Sunday"),
+            "slots": {"verb": verb, **right},
+        }
+        for verb in verbs
+    ]
+    base = [said.format("found", "Sunday")] * 4
+    trained = [said.format(verb, "Monday") for verb in ("lost", *verbs[1:])]
+    columns = {}
+    for name, answers in (("base", base), ("trained", trained)):
+        columns[name] = data.evaluation_scores(rows, answers, [answers], answers)
+    heard = {name: value for name, value in columns["base"].items() if name.startswith("heard %")}
+    others = {f"heard %, {field}": 100 for field in right}
+    assert heard == {"heard %": pytest.approx(100 * 25 / 28), "heard %, verb": 25, **others}
+    assert heard["heard %"] > 89
+    train.show_table("test split", columns)
+    title, *table = capsys.readouterr().out.strip().splitlines()
+    assert title.split() == ["test", "split", "base", "trained", "difference"]
+    assert "heard %, verb 25.00 75.00 +50.00" in [" ".join(line.split()) for line in table]
+    assert table[-1].split() == ["worst", "heard", "%", "verb", "25.0", "day", "0.0"]
+    train.show_table("test split", {"": columns["base"]})  # as --eval-only does
+    assert capsys.readouterr().out.split()[-5:] == ["worst", "heard", "%", "verb", "25.0"]
+    # What an older version wrote has other names, and slots in a list have no fields.
+    older = {"BLEU greedy": 50.0, "slots heard %": 89.0}
+    greedy = columns["trained"]["BLEU greedy"]
+    table = train.score_table({"base": older, "trained": columns["trained"]})
+    assert table == [["BLEU greedy", "50.00", f"{greedy:.2f}", f"{greedy - 50:+.2f}"]]
+    rows = [row | {"slots": [*row["slots"].values()]} for row in rows]
+    scores = data.evaluation_scores(rows, base, [base], base)
+    assert scores["heard %"] == heard["heard %"] and "heard %, verb" not in scores
+    assert [name for name, *_ in train.score_table({"": scores})] == list(scores)
 
 
 @pytest.mark.parametrize(
@@ -1785,7 +1836,9 @@ def test_scores():
     passes[0][1] = references[1]
     rows = [{"prompt": AUDIO + "?", "reference": r} for r in references]
     for i, row in enumerate(rows):
-        row |= {"slots": ["Anna", "red"]} | ({"group": "odd"} if i % 2 else {})
+        row["slots"] = {"name": "Anna", "colour": "red"}
+        if i % 2:
+            row |= {"slots": ["Anna", "red"], "group": "odd"}
     swapped = rng.sample(greedy, 12)
     got = data.evaluation_scores(rows, greedy, passes, swapped)
     exactly = partial(pytest.approx, rel=1e-9, abs=1e-9)
@@ -1796,7 +1849,9 @@ def test_scores():
     assert data.evaluation_scores(rows, greedy, passes[:1], None)["BLEU sampled, std"] == 0
     odd = sacrebleu.corpus_bleu(greedy[1::2], [references[1::2]], lowercase=True).score
     assert got["BLEU greedy, odd"] == exactly(odd)
-    assert "slots heard %" not in data.evaluation_scores(rows, greedy, passes, None)
+    of_slots = [name for name in got if "heard" in name]
+    unheard = data.evaluation_scores(rows, greedy, passes, None)
+    assert unheard == {name: value for name, value in got.items() if name not in of_slots}
     assert got["exact match %"] == exactly(100 / 12)
     assert got["exact match sampled %"] == exactly(100 / 36)
     f1 = []
@@ -1808,13 +1863,18 @@ def test_scores():
     pairs = list(zip(sum(passes, []), references * 3))
     rewards = [sacrebleu.sentence_bleu(answer, [reference]).score for answer, reference in pairs]
     assert got["mean reward x100"] == exactly(fmean(rewards))
-    for name, answers in (
-        ("slots heard %", greedy),
-        ("slots, audio swapped %", swapped),
-        ("slots, chance %", [references[j] for j in data.swapped_audio(rows)]),
+    both = ("anna", "red")
+    others = [references[j] for j in data.swapped_audio(rows)]
+    for name, answers, slots in (
+        ("heard %", greedy, both),
+        ("heard %, name", greedy[::2], ("anna",)),  # the others' slots are lists
+        ("heard %, colour", greedy[::2], ("red",)),
+        ("heard, audio swapped %", swapped, both),
+        ("heard, chance %", others, both),
     ):
-        hits = [slot in re.findall(r"\w+", a.lower()) for a in answers for slot in ("anna", "red")]
+        hits = [slot in re.findall(r"\w+", a.lower()) for a in answers for slot in slots]
         assert got[name] == exactly(100 * fmean(hits))
+    assert len(of_slots) == 5
 
 
 def write_tone(path, seconds, rate, channels=1):
@@ -2091,8 +2151,11 @@ def bad_lines(folder, row):
         ("audio .*does not exist|null", "audio", "a\0b"),
         ("'audio' is missing", "audio", ...),
         ("'prompt' is missing", "prompt", ...),
-        ("'slots' is not", "slots", "ja"),
+        ("'slots' is neither a list nor an object", "slots", "ja"),
+        ("'slots' is neither .* of strings", "slots", ["ja", 3]),
+        ("'slots' is neither", "slots", {"a": "ja", "b": ["ja"]}),
         (r"slot '\?\|' holds no word", "slots", ["ja", "?|"]),
+        (r"slot '\?' holds no word", "slots", {"a": "ja", "b": "?"}),
         ("'reference' is missing", "reference", "  "),
         ("'reference' .* not a string", "reference", 3),
         ("'target' is not", "target", ["a"]),
@@ -2123,6 +2186,8 @@ def test_corpora_are_checked(tmp_path, capsys):
         file.write_bytes(good)
     want = {**row, "audio": str(tmp_path / "a b.wav")}
     assert data.load_corpus(tmp_path, 2) == {split: [want, want] for split in files}
+    by_field = {**row, "slots": {"what": "ja"}}
+    assert data.parse_row(json.dumps(by_field).encode(), tmp_path)["slots"] == {"what": "ja"}
     for file in files.values():  # missing, or empty; test never stands in for validation
         for change in (lambda path: path.unlink(), lambda path: path.write_text("")):
             change(file)
@@ -2616,6 +2681,19 @@ def test_evaluation_swaps_the_audio(first_run, tmp_path, monkeypatch):
     train.main(["--eval-only", "--out", str(first_run), "--device", "cpu"])
     every = list(range(6))
     assert heard == [(every, None)] * 2 + [(every, data.swapped_audio(rows))]
+    evaluation = train.read_json(first_run / "evaluation-qa.json")
+    base = train.read_json(first_run / "base.json")
+    assert base.keys() < evaluation.keys() and "heard %" in base
+
+
+@pytest.mark.parametrize("slots", [{}, {"slots": []}, {"slots": {}}])
+def test_rows_without_slots_have_no_scores_of_them(slots, tmp_path, monkeypatch):
+    rows = [{"audio": "a.wav", "prompt": AUDIO, "reference": "Anna", **slots}] * 2
+    monkeypatch.setattr(train, "answer", lambda model, tokenizer, split, *_, **__: ["Anna", "Bob"])
+    split = types.SimpleNamespace(rows=rows)
+    scores = train.evaluate(None, None, split, train.Config(), tmp_path / "predictions.jsonl")
+    assert scores["exact match %"] == 50 and all(map(math.isfinite, scores.values()))
+    assert not [name for name in scores if "heard" in name]
 
 
 def test_metrics_say_what_to_watch(first_run):

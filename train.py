@@ -581,7 +581,7 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
         seed = (cfg.base_seed, EVALUATION, n)
         passes.append(answer(model, tokenizer, split, cfg, temperature=0.9, top_p=0.9, seed=seed))
     swapped = None
-    if any("slots" in row for row in rows):
+    if any(data.named_slots(row) for row in rows):
         swapped = answer(model, tokenizer, split, cfg, audio_of=data.swapped_audio(rows))
     scores = data.evaluation_scores(rows, greedy, passes, swapped)
     with writing(predictions), open(predictions, "w", encoding="utf-8") as file:
@@ -592,18 +592,33 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
     return scores
 
 
-def show_table(title: str, columns: dict[str, dict]):
-    """Results side by side, and the difference of two."""
-    scores = next(iter(columns.values()))
-    width = max(map(len, [title, *scores]))
-    header = f"\n{title:{width}}" + "".join(f" {name:>9}" for name in columns)
-    print(header + ("  difference" if len(columns) == 2 else ""))
-    for score in scores:
-        values = [column[score] for column in columns.values()]
-        line = f"{score:{width}}" + "".join(f" {value:9.2f}" for value in values)
+def score_table(columns: dict[str, dict]) -> list[list[str]]:
+    """Rows of text: the scores that all columns have, the difference of two, and last the field of
+    the slots that each hears worst."""
+    results = list(columns.values())
+    scores = [name for name in results[0] if all(name in result for result in results)]
+    table = []
+    for name in scores:
+        values = [result[name] for result in results]
+        table.append([name, *(f"{value:.2f}" for value in values)])
         if len(values) == 2:
-            line += f" {values[1] - values[0]:+11.2f}"
-        print(line)
+            table[-1].append(f"{values[1] - values[0]:+.2f}")
+    fields = [name.removeprefix(data.HEARD) for name in scores if name.startswith(data.HEARD)]
+    if fields:
+        worst = [min((result[data.HEARD + field], field) for field in fields) for result in results]
+        table.append(["worst heard %", *(f"{field} {value:.1f}" for value, field in worst)])
+    return table
+
+
+def show_table(title: str, columns: dict[str, dict]):
+    header = [title, *columns]
+    if len(columns) == 2:
+        header.append("difference")
+    table = [header, *score_table(columns)]
+    width = max(len(row[0]) for row in table)
+    print()
+    for name, *cells in table:
+        print(f"{name:{width}}" + "".join(f" {cell:>10}" for cell in cells))
 
 
 @torch.no_grad()

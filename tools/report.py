@@ -101,14 +101,12 @@ def overview(cfg: train.Config, folder: Path) -> dict:
         if results
         else "not noted before the end",
     }
-    trained = results.get("trained", {})
-    table = []
-    for score, value in base.items():
-        row = [score, f"{value:.2f}"]
-        if trained:
-            difference = f"{trained[score] - value:+.2f}".replace("-", "\N{MINUS SIGN}")
-            row += [f"{trained[score]:.2f}", difference]
-        table.append(row)
+    columns = {"base": base}
+    if results:
+        columns["trained"] = results["trained"]
+    table = train.score_table(columns)
+    for row in table:
+        row[3:] = [difference.replace("-", "\N{MINUS SIGN}") for difference in row[3:]]
     curves = {name: curve(lines, name) for name in CURVES}
     return {"facts": facts, "table": table, "curves": curves}
 

@@ -238,7 +238,10 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
         assert [model["name"] for model in one["models"]] == ["base", "step 4"]
         shown = [[model["shown"] for model in example["models"]] for example in (one, other)]
         assert shown[0] == shown[1]
-    assert [len(line) for line in page["runs"][0]["table"]] == [2] * 10
+    table = page["runs"][0]["table"]
+    base = train.read_json(run / "base.json")
+    assert [line[0] for line in table] == [*base]
+    assert [len(line) for line in table] == [2] * len(table)
     assert page["runs"][0]["curves"] == finished["runs"][0]["curves"]
     shutil.rmtree(run / "checkpoints")
     page = make(tmp_path / "c.html", run)
@@ -303,7 +306,8 @@ def pages(first_run, tmp_path_factory):
     corpus = write_corpus(folder / "tones")
     for file in corpus.glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [row | {"prompt": data.AUDIO + HOSTILE, "reference": HOSTILE} for row in rows]
+        hostile = {"reference": HOSTILE, "slots": {"<b>verb</b>": "broken"}}
+        rows = [row | {"prompt": data.AUDIO + HOSTILE, **hostile} for row in rows]
         file.write_text("\n".join(map(json.dumps, rows)))
     run = folder / "own"
     train.main(tiny(data=corpus, out=run))
@@ -342,6 +346,11 @@ def test_a_browser_shows_it(name, width, browser, pages):
         view.screenshot(path=pages / f"{name}-{scheme}-{width}.png", full_page=True)
     assert view.title().startswith("LEAF")  # no text of a row became markup
     assert view.evaluate("document.documentElement.scrollWidth") == width
+    for run in content["runs"]:  # a field that is not heard can be read at the top of the page
+        for line in run["table"]:
+            if line[0] == "worst heard %":
+                told = ", ".join(f"{cell}% {at}" for cell, at in zip(line[1:], ("before", "after")))
+                assert f"Heard worst: {told}." in view.locator("#summary").inner_text()
     article = view.locator("article").first
     assert (
         article.locator("dd").first.inner_text().split()
