@@ -189,9 +189,9 @@ def english(name):
 # Tasks
 #
 # A content is a tuple of names and numbers. tell_KIND gives the recordings that speak it in a
-# language (a bare name is below digits/), the English words that must be heard, and the answer.
-# say(key, *options) is a matter of taste (see `wording`); keys come from the content, so the
-# rewarded wording can be learnt by listening.
+# language (a bare name is below digits/), the English words that must be heard, by field, and the
+# answer. say(key, *options) is a matter of taste (see `wording`); keys come from the content, so
+# the rewarded wording can be learnt by listening.
 
 DAYS = [f"day-{i}" for i in range(7)]
 WHEN = {day: f"on {english(day).capitalize()}" for day in DAYS}
@@ -257,7 +257,8 @@ def tell_date(content, language, say):
     verb = say(number // 2, "is planned for", "falls on", "takes place on")
     date = say(number, f"{name} {ordinal}", f"the {ordinal} of {name}")
     answer = f"{event} {verb} {weekday.capitalize()}, {date}."
-    return [f"day-{day}", *spoken], [weekday, name.lower(), ordinal], answer
+    slots = {"day": weekday, "month": name.lower(), "ordinal": ordinal}
+    return [f"day-{day}", *spoken], slots, answer
 
 
 def tell_time(content, language, say):
@@ -275,7 +276,7 @@ def tell_time(content, language, say):
     clock = say(hour // 3, f"at {hour_word} {minute_word}", past)
     what = f"{vehicle} {verb} {clock}"
     answer = say(key // 3, f"{what} {WHEN[day]}.", f"{WHEN[day]} {what}.")
-    return spoken, [english(day), hour_word, minute_word], answer
+    return spoken, {"day": english(day), "hour": hour_word, "minute": minute_word}, answer
 
 
 def tell_number(content, language, say):
@@ -286,7 +287,8 @@ def tell_number(content, language, say):
     count = f"{digits[0]} hundred {say(unit, '', 'and ')}{digits[1]} {digits[2]}"
     what = f"{place} {verb} {count} {say(unit // 2, 'visitors', 'guests', 'people')}"
     answer = say(list(WHEN).index(day), f"{what} {WHEN[day]}.", f"{WHEN[day]} {what}.")
-    return [day, hundreds, "hundred", tens, unit], [english(day), *digits], answer
+    slots = {"day": english(day)} | dict(zip(("hundreds", "tens", "unit"), digits))
+    return [day, hundreds, "hundred", tens, unit], slots, answer
 
 
 def tell_spelling(content, language, say):
@@ -297,7 +299,8 @@ def tell_spelling(content, language, say):
     spelled = say(ord(d), f"{a} {b} {c} {d}", f"{a}, {b}, {c} and {d}")
     pattern = "letters/{}" if alphabet == "letters" else "phonetic/{}_p"
     spoken = [pattern.format(letter) for letter in letters]
-    return spoken, list(letters), f"{noun} {verb} {spelled}."
+    slots = {f"letter {place}": letter for place, letter in enumerate(letters, start=1)}
+    return spoken, slots, f"{noun} {verb} {spelled}."
 
 
 def tell_sequence(content, language, say):
@@ -310,12 +313,13 @@ def tell_sequence(content, language, say):
         verb = say(b, "are", "read", "run")
         link = say(a, "and", "then")
         answer = f"{start} {noun} {verb} {last}, {third}, {second} {link} {first}."
-        return [a, b, c, d], words, answer
+        slots = {f"number {place}": word for place, word in enumerate(words, start=1)}
+        return [a, b, c, d], slots, answer
     noun = say(a, "number", "figure", "value")
     verb = say(d, "is", "was")
     end = say(d // 2, "the last", "the final") + say(a // 3, "", f" {noun}")
     answer = f"the first {noun} {verb} {first} and {end} {verb} {last}."
-    return [a, b, c, d], [first, last], answer
+    return [a, b, c, d], {"number 1": first, "number 4": last}, answer
 
 
 TELL = {

@@ -192,21 +192,22 @@ def _random(rng):
     return lambda options, field: options[rng.integers(len(options))]
 
 
-def _answer(question: int, content, choice) -> tuple[str, list[str]]:
+def _answer(question: int, content, choice) -> tuple[str, dict[str, str]]:
     """The answer to QUESTIONS[question] with the wording that choice(options, deciding field)
-    picks; and its slots."""
+    picks; and its slots by field."""
     name, verb, number, colour, thing, place, day = content
     determiner = choice(DETERMINERS, 4)
     where = f"{choice(PREPOSITIONS, 5)} the {place}"
     if question == 0:
         what = f"{choice(VERB_WORDS[verb], 0)} {determiner} {number} {colour} {thing}"
         text = f"{name} {what} {where} {choice(DAY_WORDS, 6)} {day}."
-        return text, [name, "|".join(VERB_WORDS[verb]), number, colour, thing, place, day]
+        slots = {"name": name, "verb": "|".join(VERB_WORDS[verb]), "number": number}
+        return text, slots | {"colour": colour, "thing": thing, "place": place, "day": day}
     if question == 1:
         text = f"{determiner.capitalize()} {number} {colour} {thing} {choice(WERE, 3)} {where}."
-        return text, [number, colour, thing, place]
+        return text, {"number": number, "colour": colour, "thing": thing, "place": place}
     text = f"{choice(DAY_WORDS, 6).capitalize()} {day} {name} {choice(WAS, 0)} {where}."
-    return text, [day, name, place]
+    return text, {"day": day, "name": name, "place": place}
 
 
 def rows(task: str, sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:

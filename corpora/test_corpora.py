@@ -85,6 +85,25 @@ def words(text):
     return re.sub(r"[^\w\s']", " ", text.lower()).split()
 
 
+def spoken_slots(row):
+    """What is said in an English row of the asterisk corpus, by field, from the transcript or, where
+    code words spell, the letters of the reference."""
+    said = row["transcript"].replace("hundred ", "").split()
+    if row["group"] == "en-spelling":
+        said = [word for word in words(row["reference"]) if len(word) == 1]
+    names = {
+        "en-date": ("day", "month", "ordinal"),
+        "en-time": ("day", "hour", "minute"),
+        "en-number": ("day", "hundreds", "tens", "unit"),
+        "en-spelling": [f"letter {n}" for n in (1, 2, 3, 4)],
+        "en-sequence-question": [f"number {n}" for n in (1, 2, 3, 4)],
+    }[row["group"]]
+    by_field = dict(zip(names, said, strict=True))
+    if "first" in row["prompt"]:  # only the first and the last number are asked for
+        return {name: by_field[name] for name in ("number 1", "number 4")}
+    return by_field
+
+
 def test_asterisk_corpus(tmp_path, capsys):
     pytest.importorskip("torchaudio")
     make_packages(tmp_path)
@@ -107,8 +126,10 @@ def test_asterisk_corpus(tmp_path, capsys):
         for text in (row["reference"], row["target"]):
             assert 7 <= len(words(text)) <= 16
             # There, and not in the carrier.
-            assert all(words(text).count(slot) == 1 for slot in row["slots"]), row
-        assert not set(row["slots"]) & set(words(row["prompt"]))
+            assert all(words(text).count(slot) == 1 for slot in row["slots"].values()), row
+        assert not set(row["slots"].values()) & set(words(row["prompt"]))
+        if row["group"].startswith("en-"):
+            assert row["slots"] == spoken_slots(row)
     assert differ > 60  # taste is at random in targets, a function of the content in references
 
     # Splits are disjoint: contents across languages and questions (told by slots), sentences by
@@ -122,7 +143,7 @@ def test_asterisk_corpus(tmp_path, capsys):
                 found.add(row["transcript"])
             else:
                 language = row["group"].split("-")[1]
-                found.add((language, tuple(row["slots"])))
+                found.add((language, tuple(row["slots"].values())))
         return found
 
     train, validation, test = map(contents, SPLITS)
@@ -771,27 +792,31 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("task", ["qa", "translation"])
 def test_synthetic_corpus(task):
     """No content twice, in whatever split; every slot is in reference and target and, asked for,
-    in the audio; the supervised wording is mostly not the rewarded one; who does not listen has
-    few slots right."""
+    in the audio, and of its field; the supervised wording is mostly not the rewarded one; who does
+    not listen has few slots right."""
     sizes = {"train": 400, "validation": 60, "test": 90}
     splits = synthetic.rows(task, sizes, seed=3)
     rows = sum(splits.values(), [])
     prompts = {row["prompt"] for row in splits["train"]}
+    names = "name verb number colour thing place day".split()
+    fields = dict(zip(names, synthetic.FIELDS, strict=True))
     assert splits == synthetic.rows(task, sizes, seed=3) != synthetic.rows(task, sizes, seed=4)
     assert {name: len(part) for name, part in splits.items()} == sizes
     assert len({row["transcript"] for row in rows}) == len(rows)
     assert len({row["audio"].phones for row in rows}) == len(rows)
     for row in rows:
         assert row["prompt"].count(AUDIO) == 1
-        assert not any(slot in row["prompt"] for slot in row["slots"])
+        assert not any(slot in row["prompt"] for slot in row["slots"].values())
+        assert all(slot.split("|")[0] in fields[field] for field, slot in row["slots"].items())
         for text in ("reference", "target", *["transcript"] * (task == "qa")):
             assert data.slot_accuracy([row[text]], [row]) == 1
     assert 0.8 < np.mean([row["target"] != row["reference"] for row in rows]) < 0.95
     assert 20 < np.mean([data.sentence_bleu(row["target"], row["reference"]) for row in rows]) < 80
     assert data.slot_accuracy([row["reference"] for row in rows], rows[1:] + rows[:1]) < 0.4
     # One for one content, always.
-    wording = {(row["prompt"], *row["slots"]): row["reference"] for row in rows}
-    assert all(row["reference"] == wording[(row["prompt"], *row["slots"])] for row in rows)
+    keys = [(row["prompt"], *row["slots"].values()) for row in rows]
+    wording = dict(zip(keys, [row["reference"] for row in rows]))
+    assert all(row["reference"] == wording[key] for row, key in zip(rows, keys))
     assert len(wording) < len(rows) - 10 or task == "translation"
     assert len(prompts) == (3 if task == "qa" else 1)
     assert len({(row["prompt"], len(row["slots"])) for row in rows}) == len(prompts)

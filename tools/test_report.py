@@ -240,7 +240,7 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
         assert shown[0] == shown[1]
     table = page["runs"][0]["table"]
     base = train.read_json(run / "base.json")
-    assert [line[0] for line in table] == [*base]
+    assert [line[0] for line in table] == [*base, "worst heard %"]
     assert [len(line) for line in table] == [2] * len(table)
     assert page["runs"][0]["curves"] == finished["runs"][0]["curves"]
     shutil.rmtree(run / "checkpoints")
