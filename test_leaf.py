@@ -1813,6 +1813,39 @@ def test_a_slot_is_a_phrase_in_any_script(slot, found, missed):
     assert data.slot_accuracy([found, missed, ""], 3 * [{"slots": [slot]}]) == 1 / 3
 
 
+@pytest.mark.parametrize(
+    "slots, answer, reference, as_heard",
+    [
+        # All is heard, in whatever words: the reference as it is.
+        (["Anna", "lost|dropped"], "she dropped anna's", "Anna  lost it . ", "Anna  lost it . "),
+        ({"name": "Anna"}, "Bob lost it.", "Anna lost it.", "unheard lost it."),
+        ({"name": "Anna"}, "", "ANNA, anna: Anna's Annas", "unheard, unheard: unheard's Annas"),
+        ({"verb": "misplaced|lost"}, "Anna sold it", "Anna lost it.", "Anna unheard it."),
+        (["red", "hats"], "green hats", "Reddish (red) hats!", "Reddish (unheard) hats!"),
+        # Half a phrase was not heard either; each of its words goes, and they nowhere else.
+        (["New York"], "in old York", "New in New York?", "New in unheard unheard?"),
+        (["York"], "in old York", "in New York", "in New York"),
+        (["a a|"], "a", "a a a", "unheard unheard unheard"),
+        (["two", "twenty"], "two", "Two of two twenty.", "Two of two unheard."),
+        # The reference need not have the slot.
+        (["seven", "lost"], "", "Anna lost some.", "Anna unheard some."),
+        # Any script, as slots are found.
+        (["東京"], "京東", "私は東京に行く。", "私はunheardunheardに行く。"),
+        (["café"], "cafe", "the Cafe\N{COMBINING ACUTE ACCENT}!", "the unheard!"),
+        (["क"], "", "कि क", "कि unheard"),
+        ([], "", "Anna lost it.", "Anna lost it."),
+    ],
+)
+def test_a_reference_as_it_was_heard(slots, answer, reference, as_heard):
+    row = {"reference": reference, "slots": slots}
+    assert data.references_as_heard([answer], [row]) == [as_heard]
+
+
+def test_no_reference_has_the_word_for_what_was_not_heard():
+    rows = [{"reference": "Anna lost it", "slots": ["Anna"]}, {"reference": "Unheard of"}]
+    assert data.references_as_heard(["", ""], rows) == ["unheardx lost it", "Unheard of"]
+
+
 def longest_common(a, b):
     """Length of the longest common subsequence, by its definition."""
     if not a or not b:
@@ -1849,7 +1882,7 @@ def test_scores():
     assert data.evaluation_scores(rows, greedy, passes[:1], None)["BLEU sampled, std"] == 0
     odd = sacrebleu.corpus_bleu(greedy[1::2], [references[1::2]], lowercase=True).score
     assert got["BLEU greedy, odd"] == exactly(odd)
-    of_slots = [name for name in got if "heard" in name]
+    of_slots = [name for name in got if "heard" in name or "ceiling" in name]
     unheard = data.evaluation_scores(rows, greedy, passes, None)
     assert unheard == {name: value for name, value in got.items() if name not in of_slots}
     assert got["exact match %"] == exactly(100 / 12)
@@ -1874,7 +1907,15 @@ def test_scores():
     ):
         hits = [slot in re.findall(r"\w+", a.lower()) for a in answers for slot in slots]
         assert got[name] == exactly(100 * fmean(hits))
-    assert len(of_slots) == 5
+    best = []  # what hearing like this can earn
+    for answer, reference in zip(greedy, references):
+        as_heard = reference
+        for slot in both:
+            if not re.search(rf"\b{slot}\b", answer.lower()):
+                as_heard = re.sub(rf"\b{slot}\b", "zebra", as_heard, flags=re.IGNORECASE)
+        best.append(sacrebleu.sentence_bleu(as_heard, [reference]).score)
+    assert got["mean reward x100, ceiling"] == exactly(fmean(best))
+    assert fmean(best) < 99 and of_slots[0] == "mean reward x100, ceiling" and len(of_slots) == 6
 
 
 def write_tone(path, seconds, rate, channels=1):
@@ -2683,7 +2724,7 @@ def test_evaluation_swaps_the_audio(first_run, tmp_path, monkeypatch):
     assert heard == [(every, None)] * 2 + [(every, data.swapped_audio(rows))]
     evaluation = train.read_json(first_run / "evaluation-qa.json")
     base = train.read_json(first_run / "base.json")
-    assert base.keys() < evaluation.keys()
+    assert base.keys() < evaluation.keys() and base["mean reward x100, ceiling"] < 100
     assert len([name for name in base if name.startswith("heard %, ")]) == len(synthetic.FIELDS)
 
 
@@ -2694,7 +2735,7 @@ def test_rows_without_slots_have_no_scores_of_them(slots, tmp_path, monkeypatch)
     split = types.SimpleNamespace(rows=rows)
     scores = train.evaluate(None, None, split, train.Config(), tmp_path / "predictions.jsonl")
     assert scores["exact match %"] == 50 and all(map(math.isfinite, scores.values()))
-    assert not [name for name in scores if "heard" in name]
+    assert not [name for name in scores if "heard" in name or "ceiling" in name]
 
 
 def test_metrics_say_what_to_watch(first_run):
@@ -3055,7 +3096,7 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
         advantages, masks = (
             torch.cat([F.pad(x, (0, 8 - x.shape[1])) for x in xs]) for xs in zip(*seen)
         )
-        before = 6 + 2 * 4  # the base's evaluation of 6 rows, and 2 examples of 4 responses
+        before = 2 * 6 + 2 * 4  # the base on 6 rows, its ceiling, and 2 examples of 4 responses
         training = rewarded[before:][: 3 * 4 * 4]
         equal = torch.tensor([prompt.endswith("happened?") for prompt in training])
         assert equal.any() and not equal.all() and len(equal) == len(advantages)
