@@ -552,72 +552,6 @@ def test_fork_stats_by_hand(responses, rewards, fires, usable, size, spread):
     assert {k: got[k] for k in want} == pytest.approx(want)
 
 
-def values_left_out(responses, rewards, i, bounds):
-    """V_i of the root and of every node on response i's path, with the place of each: its own
-    reward is struck out of every mean, and the value before put there."""
-    others = [r for j, r in enumerate(rewards) if j != i]
-    values = [(0, fmean(others))]
-    for b in sorted(set(bounds)):
-        group = [j for j, o in enumerate(responses) if o[:b] == responses[i][:b]]
-        if len(group) > 1:
-            values.append((b, fmean(values[-1][1] if j == i else rewards[j] for j in group)))
-    return values
-
-
-def test_gradient_noise_is_that_of_the_logits():
-    """By autograd, with logits for every prefix of random groups; all of the distribution is seen."""
-    rng = random.Random(10)
-    vocab = 4
-    for _ in range(100):
-        responses, tokens, lengths, _, rewards = random_group(rng, ended=True)
-        bounds = [rng.randint(1, 14) for _ in range(rng.randint(0, 4))]
-        prefixes = sorted({tuple(o[:t]) for o in responses for t in range(len(o))})
-        # What nobody drew behind a prefix has no probability, and no logit.
-        drawn = {tuple(o[: t + 1]) for o in responses for t in range(len(o))}
-        possible = torch.tensor([[(*p, v) in drawn for v in range(vocab)] for p in prefixes])
-        logits = torch.randn(possible.shape, dtype=torch.float64)
-        logits = logits.masked_fill(~possible, -math.inf).requires_grad_()
-        logp = logits.log_softmax(-1)
-        surprisal = torch.zeros(tokens.shape, dtype=torch.float64)
-        surrogate = [0, 0]
-        r = rewards.tolist()
-        for i, o in enumerate(responses):
-            values = values_left_out(responses, r, i, bounds) if len(set(r)) > 1 else [(0, r[i])]
-            for t in range(len(o)):
-                step = logp[prefixes.index(tuple(o[:t])), o[t]]
-                surprisal[i, t] = -step.detach()
-                value = [value for b, value in values if b <= t][-1]
-                surrogate[0] += (r[i] - value) / len(o) * step
-                surrogate[1] += (r[i] - values[0][1]) / len(o) * step
-        gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in surrogate]
-        want = [g[possible].square().sum().item() for g in gradients]
-        got = leaf.gradient_noise(tokens, lengths, surprisal, rewards, bounds)
-        assert got == pytest.approx(tuple(want), rel=1e-6, abs=1e-12)
-
-
-def test_gradient_noise_by_hand():
-    """Two nodes of two responses of two tokens, each with q = 1/2."""
-    tokens, lengths = pad_responses([[1, 5], [1, 6], [2, 5], [2, 6]])
-    surprisal = torch.full((4, 2), math.log(2))
-    rewards = [1.0, 1.0, 0.0, 1.0]
-    # r minus the mean of the others, over length 2: 1/6, 1/6, -1/2, 1/6. The first tokens' sums are
-    # 1/3 and -1/3. Behind the second the total is -1/3: -1/2 + 1/6 and 1/6 + 1/6.
-    without = 2 / 9 + 2 / 9
-    # Behind the second node 0 - 1 and 1 - 1/3, over 2; their total is -1/6: -+ 5/12.
-    with_tree = 2 / 9 + 2 * (5 / 12) ** 2
-    got = leaf.gradient_noise(tokens, lengths, surprisal, rewards, [1])
-    assert got == pytest.approx((with_tree, without), rel=1e-6)
-    assert leaf.noise_ratio(*got) == pytest.approx(41 / 32, rel=1e-6)
-    for bounds in ([], [2]):  # no boundary; all on their own
-        same = leaf.gradient_noise(tokens, lengths, surprisal, rewards, bounds)
-        assert same == pytest.approx((without, without), rel=1e-6)
-    for nothing in (
-        leaf.gradient_noise(tokens, lengths, surprisal, [0.3] * 4, [1]),  # equal rewards
-        leaf.gradient_noise(tokens[:1], lengths[:1], surprisal[:1], [1.0], [1]),  # K = 1
-    ):
-        assert nothing == (0, 0) and leaf.noise_ratio(*nothing) == 1
-
-
 def test_leaf_credit_takes_less_than_a_millisecond():
     """K = 8, T = 200: responses leave a common answer one after another. The best of many: the
     machine is shared."""
@@ -2743,11 +2677,10 @@ def test_metrics_say_what_to_watch(first_run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     wanted = set(
         "loss reward reward_std kl clip_fraction ratio ratio_gap grad_norm lr equal_rewards "
-        "response_length fork_fire usable_fork_fire noise_ratio".split()
+        "response_length fork_fire usable_fork_fire".split()
     )
     for row in rows:
         assert wanted <= row.keys() and all(math.isfinite(row[k]) for k in wanted)
-        assert row["noise_ratio"] == leaf.noise_ratio(*(row[name] for name in train.NOISE))
         # A mean over all responses: shares add up to 1.
         assert row["ratio"] == pytest.approx(1, abs=0.1)
         assert row["first_ratio_gap"] < 1e-5  # LoRA's B is no longer zero from the second row on
@@ -3045,7 +2978,6 @@ def test_two_processes_are_one(device, first_run, tmp_path):
     assert said.count("6 steps of") == 1 and said.count("took") == 1
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     alike = "loss reward kl grad_norm response_length usable_fork_fire equal_rewards lr".split()
-    alike += ["noise_ratio", *train.NOISE]
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
         for key in alike:

@@ -148,8 +148,6 @@ class Config:
 
 # What a random stream is for: the second number of its seed.
 CTC_ORDER, SFT_ORDER, EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(1, 8)
-# Two metrics: what leaf.noise_ratio divides, after their means over prompts and processes.
-NOISE = ("noise_with_tree", "noise_without_tree")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,15 +213,13 @@ def train_policy(
             rewarded = time.perf_counter()
 
             # Credit: per prompt, from the tree that its own responses form.
-            advantages, forks, noise = [], [], []
+            advantages, forks = [], []
             surprisal = -on_host.logq
             for p in range(len(indices)):
                 tokens, lengths = on_host.tokens[p], on_host.lengths[p]
                 given, boundaries = credit(cfg, tokens, lengths, surprisal[p], rewards[p])
                 advantages.append(given)
                 forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
-                group = (tokens, lengths, surprisal[p], rewards[p])
-                noise.append(leaf.gradient_noise(*group, boundaries))
             advantages = to_device(torch.stack(advantages), model.device)  # (P, K, T)
             credited = time.perf_counter()
 
@@ -265,7 +261,6 @@ def train_policy(
             seconds = time.perf_counter() - began
             metrics = dict(zip(names, np.mean(statistics, axis=0).tolist()))
             metrics |= leaf.group_stats(rewards, forks)
-            metrics |= dict(zip(NOISE, np.mean(noise, axis=0).tolist()))
             first_gap = statistics[0][names.index("ratio_gap")]
             metrics |= {
                 "grad_norm": float(np.mean(grad_norms)),
@@ -737,8 +732,6 @@ class Log:
             average([values])
             *means, stopping = values.tolist()
             metrics = dict(zip(metrics, means))
-        if NOISE[0] in metrics:  # after the mean: the mean of ratios is another number
-            metrics["noise_ratio"] = leaf.noise_ratio(*(metrics[name] for name in NOISE))
         metrics = metrics | (validation or {})
         done = step + 1
         with writing(self.path):

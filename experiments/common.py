@@ -1,4 +1,4 @@
-"""What the experiments share: where results lie, what made them, intervals, tables, figures."""
+"""What the experiments share: where results lie, what made them, intervals, tables."""
 
 import argparse
 import json
@@ -82,8 +82,3 @@ def rounded(found):
 def table(header: list[str], rows: list[list]) -> str:
     rows = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
-
-
-def save(figure, name: str):
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.png", dpi=130)

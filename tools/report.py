@@ -45,7 +45,6 @@ CURVES = {  # of policy.jsonl: a title, and what to look for
         "Usable forks",
         "share of LEAF's cuts (GRPO: those it would make) with different rewards in a node",
     ),
-    "noise_ratio": ("Noise ratio", "below 1: a tree's baseline lowers the gradient's noise"),
 }
 POINTS = 100  # of a curve, at most
 TERMS = {"LEAF": "both", "GA only": "global", "LA only": "local"}  # the names of leaf.span_credits
