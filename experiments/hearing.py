@@ -1,0 +1,74 @@
+"""Which fields a base of the synthetic tasks hears, and which a run does after RL.
+
+    python -m experiments.hearing runs/base-qa-seed0 runs/qa-leaf-seed0
+
+Each folder is a base or a finished run. A figure is the share of greedy answers that have a field
+right, in any of its wordings, on 1,000 rows whose contents are in no other split. Figures go to
+experiments/results/hearing.json; with --tune they are of another 1,000 rows, to choose by, and are
+only printed.
+"""
+
+import sys
+from pathlib import Path
+
+import data
+import train
+from corpora import synthetic
+from experiments.common import RESULTS, command_line, environment, rounded, table
+
+ROWS = 1000
+
+
+def configuration(folder: Path) -> train.Config:
+    """Of a finished run, with its adapter, or of a base."""
+    if (folder / "results.json").exists():
+        return train.finished(folder, {})
+    settings = train.read_json(folder / "base.json")
+    return train.Config(base=str(folder), **{name: settings[name] for name in train.Config.BASE})
+
+
+def measure(folder: Path, split: str) -> dict[str, float]:
+    """By field, the percentage of the split's rows with the field whose answers have it right."""
+    cfg = configuration(folder)
+    if cfg.data:
+        raise data.UserError(
+            f"{folder} is of the corpus {cfg.data}: only synthetic rows can be made"
+        )
+    sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
+    sizes |= {"tune": ROWS, "heard": ROWS}
+    rows = synthetic.rows(cfg.task, sizes, cfg.base_seed)[split]
+    device, dtype = train.pick(cfg)
+    model, tokenizer = train.load(cfg, device, dtype, cfg.resume_adapter)
+    heard = data.Split(split, rows, cfg.cache_gb)
+    heard.hear(model, tokenizer)
+    answers = train.answer(model, tokenizer, heard, cfg)
+    fields = dict.fromkeys(field for row in rows for field, _ in data.named_slots(row))
+    return {field: 100 * data.slot_accuracy(answers, rows, field) for field in fields}
+
+
+def main():
+    parser = command_line(__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="bases and finished runs")
+    parser.add_argument("--tune", action="store_true", help="the rows to choose by")
+    args = parser.parse_args()
+    file = RESULTS / "hearing.json"
+    kept = train.read_json(file) if file.exists() else {}
+    found = {}
+    for folder in args.folders:
+        found[folder.name] = measure(folder, "tune" if args.tune else "heard")
+        kept[folder.name] = rounded(found[folder.name] | {"environment": environment()})
+    fields = list(found[args.folders[0].name])
+    rows = [
+        [name, *(f"{of.get(x, float('nan')):.1f}" for x in fields)] for name, of in found.items()
+    ]
+    print(table(["% heard", *fields], rows))
+    if not args.tune:
+        train.write_json(file, kept)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (data.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
