@@ -801,6 +801,15 @@ class SpeechLM(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     module.bias.data.zero_()
         self.projector.query.data.normal_(0, 1, generator=generator)
+        # What a Conformer block adds begins small: otherwise some seeds learn to spell much later.
+        for block in self.encoder.layers:
+            for last in (
+                block.ff1.down_proj,
+                block.attn.to_out,
+                block.conv.down_conv,
+                block.ff2.down_proj,
+            ):
+                last.weight.data *= 0.1
         return self
 
     # ---- audio and prompts

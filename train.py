@@ -84,10 +84,10 @@ class Config:
     system_prompt: str = flag("", "system turn of the chat of --init; default: the template's")
     base: str = flag("", "folder of the base; default: beside the run; trained if it is not there")
     base_seed: int = flag(0, "seed of the base model and of the synthetic data", least=0)
-    ctc_steps: int = flag(120, "steps of CTC training of the encoder")
-    sft_steps: int = flag(400, "steps of next-token training of projector and decoder")
+    ctc_steps: int = flag(400, "steps of CTC training of the encoder")
+    sft_steps: int = flag(2000, "steps of next-token training of projector and decoder")
     base_lr: float = flag(3e-3, "peak learning rate of CTC and next-token training")
-    base_batch: int = flag(32, "rows per step of CTC and next-token training")
+    base_batch: int = flag(8, "rows per step of CTC and next-token training")
 
     algo: str = flag("leaf", "the method", ("leaf", "grpo"), group="policy optimisation")
     steps: int = flag(400, "rollout batches")

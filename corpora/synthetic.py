@@ -158,7 +158,6 @@ VERB_WORDS = {
 DETERMINERS = ("the", "those", "some")
 PREPOSITIONS = ("at", "in", "near")
 DAY_WORDS = ("on", "last", "this")
-WERE = ("were", "stood", "lay")
 WAS = ("was", "waited", "stayed")
 QUESTIONS = ("What happened?", "What was it and where?", "Who was where and when?")
 
@@ -196,18 +195,18 @@ def _answer(question: int, content, choice) -> tuple[str, dict[str, str]]:
     """The answer to QUESTIONS[question] with the wording that choice(options, deciding field)
     picks; and its slots by field."""
     name, verb, number, colour, thing, place, day = content
-    determiner = choice(DETERMINERS, 4)
+    things = f"{choice(DETERMINERS, 4)} {number} {colour} {thing}"
     where = f"{choice(PREPOSITIONS, 5)} the {place}"
+    verbs = VERB_WORDS[verb]
+    heard = {"verb": "|".join(verbs), "number": number, "colour": colour}
+    heard |= {"thing": thing, "place": place}
     if question == 0:
-        what = f"{choice(VERB_WORDS[verb], 0)} {determiner} {number} {colour} {thing}"
-        text = f"{name} {what} {where} {choice(DAY_WORDS, 6)} {day}."
-        slots = {"name": name, "verb": "|".join(VERB_WORDS[verb]), "number": number}
-        return text, slots | {"colour": colour, "thing": thing, "place": place, "day": day}
+        text = f"{name} {choice(verbs, 0)} {things} {where} {choice(DAY_WORDS, 6)} {day}."
+        return text, {"name": name, **heard, "day": day}
     if question == 1:
-        text = f"{determiner.capitalize()} {number} {colour} {thing} {choice(WERE, 3)} {where}."
-        return text, {"number": number, "colour": colour, "thing": thing, "place": place}
+        return f"{things.capitalize()} were {choice(verbs, 3)} {where}.", heard
     text = f"{choice(DAY_WORDS, 6).capitalize()} {day} {name} {choice(WAS, 0)} {where}."
-    return text, {"day": day, "name": name, "place": place}
+    return text, {"name": name, "place": place, "day": day}
 
 
 def rows(task: str, sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:

@@ -12,16 +12,13 @@ import types
 import pytest
 import torch
 
+import lora
 import train
 from data import UserError
-from experiments import bench, common, compare, footprint, gpu
-from test_leaf import (
-    pad_responses,
-    read_json_lines,
-    seeded,
-)
+from experiments import bench, common, compare, footprint, gpu, hearing
+from test_leaf import first_run, pad_responses, read_json_lines, seeded
 
-__all__ = ["seeded"]  # a fixture that every test here uses
+__all__ = ["first_run", "seeded"]  # fixtures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,6 +171,39 @@ def test_the_methods_of_the_comparison_sample_as_much():
         advantages, _ = train.credit(cfg, tokens, lengths, surprisal, [0.1, 0.2, 0.4, 0.3])
         seen.add(tuple(advantages.flatten().tolist()))
     assert len(seen) == len(compare.METHODS)
+
+
+# --------------------------------------------------------------------------------------------------
+# hearing
+
+
+def test_hearing_is_measured_on_rows_of_its_own(first_run, monkeypatch):
+    """A base and a finished run, by field, against answers by hand; rows and audio of no other
+    split."""
+    monkeypatch.setattr(hearing, "ROWS", 9)
+    seen = []
+
+    def answer(model, tokenizer, split, cfg):
+        seen.append((split.rows, len(lora.lora_layers(model))))
+        texts = [row["reference"] for row in split.rows]
+        texts[0] = texts[0].replace(split.rows[0]["slots"]["name"], "Nobody")
+        return texts
+
+    monkeypatch.setattr(train, "answer", answer)
+    for folder, has_lora in ((first_run.parent / "base-qa-seed0", False), (first_run, True)):
+        found = hearing.measure(folder, "heard")
+        assert (seen[-1][1] > 0) == has_lora
+        names = sum("name" in row["slots"] for row in seen[-1][0])
+        assert found.pop("name") == pytest.approx(100 * (names - 1) / names)
+        assert set(found.values()) == {100.0} and len(found) == 6
+    hearing.measure(first_run, "tune")
+    cfg = train.finished(first_run, {})
+    others = [seen[0][0], seen[2][0], *train.load_rows(cfg).values()]
+    assert seen[0][0] == seen[1][0]
+    spoken = [row["audio"].phones for rows in others for row in rows]
+    assert (
+        len(spoken) == len(set(spoken)) == 18 + cfg.train_rows + cfg.validation_rows + cfg.test_rows
+    )
 
 
 # --------------------------------------------------------------------------------------------------
