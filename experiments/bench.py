@@ -457,7 +457,7 @@ def prove(sides: dict[str, Side]) -> dict:
         found[name]["log-probs"] = (old * side.mask).double()
         found[name]["reference log-probs"] = (ref * side.mask).double()
         found[name]["gradient"] = gradient.double()
-    proof = {"official": {}, "tuned": {}}
+    proof = {name: {} for name in sides if name != "ours"}
     for name, gaps in proof.items():
         for what, ours in found["ours"].items():
             gaps[what] = ((found[name][what] - ours).norm() / ours.norm()).item()

@@ -218,6 +218,8 @@ def test_the_three_sides_of_the_benchmark_compute_the_same(tmp_path, monkeypatch
     sides = {name: bench.load_side(name, tmp_path) for name in bench.SIDES}
     proof = bench.prove(sides)
     assert max(max(gaps.values()) for gaps in proof.values()) < 1e-5
+    del sides["official"]  # as where answers are long
+    assert bench.prove(sides).keys() == {"tuned"}
     with torch.no_grad():
         sides["tuned"].adapters[0].add_(0.1)
     with pytest.raises(SystemExit, match="tuned does not compute what ours does"):
