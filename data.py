@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from upkeep.errors import DataError, UserError, reading, writing
+
 SAMPLE_RATE = 16_000  # Hz
 N_FFT = 512  # samples
 WINDOW = 400  # samples: 25 ms
@@ -40,38 +42,6 @@ HOP = 160  # samples: 10 ms, so 100 mel frames per second
 N_MELS = 80
 AUDIO = "<|audio|>"  # its place in the prompt is where the audio embeddings go
 ANSWER = "<|answer|>"  # ends the prompt of the compact model
-
-
-class UserError(ValueError):
-    """Something the user can mend: train.py prints it as one line and exits with code 2."""
-
-
-class DataError(UserError):
-    """Bad input; the message names the file, the line and the reason."""
-
-
-@contextlib.contextmanager
-def reading(file, expected: str):
-    """Around what reads a file that somebody else made: whatever that raises becomes a DataError of
-    one line, with the file's name and what was expected."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # each library has its own; a panic of Rust is no Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(
-            f"{file} cannot be read as {expected} ({reason[:300]}); restore it, or get another"
-        ) from None
-
-
-def read_json(file) -> dict:
-    """The JSON object in a file; DataError where there is none."""
-    with reading(file, "a JSON object"):
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))  # a byte order mark may lead
-        if not isinstance(value, dict):
-            raise TypeError(f"it holds a {type(value).__name__}")
-        return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -565,11 +535,13 @@ def load_corpus(
 
 def manifest_lines(file: Path) -> list[bytes]:
     """The lines of a split; DataError where the file as a whole is of another kind."""
-    if not file.is_file():
-        raise DataError(
-            f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, test.jsonl"
-        )
-    content = file.read_bytes()
+    with reading(file, "a manifest"):
+        if not file.is_file():
+            raise DataError(
+                f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, "
+                "test.jsonl"
+            )
+        content = file.read_bytes()
     kind = json.detect_encoding(content)
     if content.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
         kind = "compressed (gzip or the like)"
@@ -656,8 +628,9 @@ def check_recordings(
             bar.update(count)
     if checked is not None:
         remembered[name] = {"state": state, "refused": refused}
-        checked.parent.mkdir(parents=True, exist_ok=True)
-        checked.write_text(json.dumps(remembered), encoding="utf-8")
+        with writing(checked):
+            checked.parent.mkdir(parents=True, exist_ok=True)
+            checked.write_text(json.dumps(remembered), encoding="utf-8")
     return refused
 
 
@@ -688,7 +661,7 @@ def fingerprint(rows: list[dict], folder) -> str:
 
 def ends(file: str, size: int = 2**13) -> tuple[int, str]:
     """A file's length in bytes, and a digest of its first and last `size`."""
-    with open(file, "rb") as content:
+    with reading(file, "a file"), open(file, "rb") as content:
         digest = hashlib.sha256(content.read(size))
         length = content.seek(0, os.SEEK_END)
         content.seek(max(size, length - size))

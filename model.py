@@ -31,8 +31,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from data import read_json, reading
-from lora import lora_for_sampling, read_tensors
+from lora import lora_for_sampling
+from upkeep.errors import reading
+from upkeep.files import read_json
+from upkeep.tensors import read_tensors
 
 # All attention here has a mask, and its shapes differ from batch to batch. cuDNN's kernels, which
 # PyTorch prefers on recent cards, plan for every new shape anew, which takes up to a second, and

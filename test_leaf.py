@@ -54,7 +54,7 @@ import leaf
 import lora
 import train
 from corpora import synthetic
-from data import AUDIO, DataError, UserError
+from data import AUDIO
 from model import (
     DecodingCache,
     EncoderConfig,
@@ -69,6 +69,13 @@ from model import (
     draw_token,
     pad_ragged,
 )
+from upkeep import checkpoints
+from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
+from upkeep.errors import DataError, UserError
+from upkeep.files import lock, read_json
+from upkeep.machine import choose_device, peak_memory
+from upkeep.optim import Updater, learning_rate
+from upkeep.tensors import our_name, transformers_name
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask its hub about the base model
 ROOT = Path(train.__file__).resolve().parent
@@ -1463,9 +1470,7 @@ def test_adapters_travel_to_peft_and_back(targets, tmp_path):
     tensors = [
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")
     ]
-    settings = [
-        train.read_json(tmp_path / name / "adapter_config.json") for name in ("ours", "theirs")
-    ]
+    settings = [read_json(tmp_path / name / "adapter_config.json") for name in ("ours", "theirs")]
     shapes, their_shapes = ({k: v.shape for k, v in part.items()} for part in tensors)
     assert shapes == their_shapes
     for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "inference_mode"):
@@ -1604,8 +1609,8 @@ def test_adapters_that_changed_their_base_are_refused(tmp_path):
     ],
 )
 def test_names(ours, others):
-    assert [lora.our_name(name) for name in (ours, *others)] == [ours] * (1 + len(others))
-    assert "lm_head" in ours or lora.our_name(lora.transformers_name(ours)) == ours
+    assert [our_name(name) for name in (ours, *others)] == [ours] * (1 + len(others))
+    assert "lm_head" in ours or our_name(transformers_name(ours)) == ours
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2362,7 +2367,7 @@ def adapter(folder):
 def stopping_at(update, number=signal.SIGTERM):
     """A signal arrives during the update of that number."""
     calls = []
-    step = train.Updater.step
+    step = Updater.step
 
     def interrupted(self, *args):
         calls.append(None)
@@ -2374,7 +2379,7 @@ def stopping_at(update, number=signal.SIGTERM):
     before = signal.signal(number, lambda *_: pytest.fail("the run did not take the signal"))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.Updater, "step", interrupted)
+            patch.setattr(Updater, "step", interrupted)
             yield calls
     finally:
         signal.signal(number, before)
@@ -2390,13 +2395,13 @@ def assert_same_run(a, b, base=True):
         base_a, base_b = (load_file(base_of(folder) / "model.safetensors") for folder in (a, b))
         assert all(torch.equal(base_a[k], base_b[k]) for k in base_a)
     assert repr(metrics(a)) == repr(metrics(b))  # repr: nan equals nan
-    results_a, results_b = (train.read_json(folder / "results.json") for folder in (a, b))
+    results_a, results_b = (read_json(folder / "results.json") for folder in (a, b))
     assert repr(results_a["base"]) == repr(results_b["base"])
     assert repr(results_a["trained"]) == repr(results_b["trained"])
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
-    rates = [train.learning_rate(2.0, 0.1, progress) for progress in (0.05, 0.1, 0.55, 1.0)]
+    rates = [learning_rate(2.0, 0.1, progress) for progress in (0.05, 0.1, 0.55, 1.0)]
     assert rates == pytest.approx([1.0, 2.0, 2.0 * (0.1 + 0.9 * 0.5), 0.2])
 
 
@@ -2450,8 +2455,8 @@ def die_at(where, count, folder):
 # A run makes some 120 of these operations.
 POINTS = [("files", count) for count in range(3, 120, 15)]
 POINTS += [
-    ((train, "save_file"), 6),  # in the middle of the policy's second checkpoint
-    ((train.Updater, "step"), 13),  # between checkpoints, with metrics logged past the last one
+    ((checkpoints, "save_file"), 6),  # in the middle of the policy's second checkpoint
+    ((Updater, "step"), 13),  # between checkpoints, with metrics logged past the last one
 ]
 
 
@@ -2529,7 +2534,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, first_run, tm
     with pytest.raises(SystemExit), stopping_at(5):
         train.main(command)
     checkpoints = run / "checkpoints" / "policy"
-    assert [path.name for path in train.saved_steps(checkpoints)] == ["step-000002", "step-000003"]
+    assert [path.name for path in saved_steps(checkpoints)] == ["step-000002", "step-000003"]
     newest = checkpoints / "step-000003"
     tensors = newest / "tensors.safetensors"
     if damage == "cut":
@@ -2557,14 +2562,14 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     weights = {"a": torch.tensor([1.0, math.inf])}
     adam = torch.optim.AdamW(weights.values())
     with pytest.raises(DataError, match="step 7 is not saved.*value.a has values that are not fin"):
-        train.save_checkpoint(tmp_path, 7, weights, adam)
-    assert not train.saved_steps(tmp_path)
+        save_checkpoint(tmp_path, 7, weights, adam)
+    assert not saved_steps(tmp_path)
 
 
 def test_a_skipped_step_leaves_the_model_as_it_was():
     """BatchNorm's statistics, too, which the forward pass has moved."""
     encoder = make_model().encoder.train()
-    updater = train.Updater(encoder.parameters(), 1.0, encoder.buffers())
+    updater = Updater(encoder.parameters(), 1.0, encoder.buffers())
 
     def learn(mels):
         updater.zero_grad()
@@ -2608,15 +2613,15 @@ def test_the_best_step_is_kept(first_run, tmp_path, monkeypatch):
             with pytest.raises(SystemExit), stopping_at(stop):
                 train.main(command)
         train.main(command)
-        results = train.read_json(run / "results.json")
+        results = read_json(run / "results.json")
         assert results["best"] == {"step": 2, "validation_bleu": 30.0}
         best = load_file(run / "adapter-best" / "adapter_model.safetensors")
         for name, tensor in weights[1].items():
-            same(best[f"base_model.model.{lora.transformers_name(name)}.weight"], tensor)
+            same(best[f"base_model.model.{transformers_name(name)}.weight"], tensor)
         assert not torch.equal(next(iter(adapter(run).values())), next(iter(best.values())))
     monkeypatch.undo()
     train.main(["--eval-only", "--best", "--out", str(run), "--device", "cpu"])
-    figures = train.read_json(run / "evaluation-qa-best.json")
+    figures = read_json(run / "evaluation-qa-best.json")
     assert figures["config"]["resume_adapter"] == str(run / "adapter-best")
     with pytest.raises(UserError, match="no adapter-best"):
         shutil.rmtree(run / "adapter-best")
@@ -2631,15 +2636,15 @@ def test_a_second_epoch_starts_from_the_first_and_is_measured_to_the_base(first_
     model, _ = train.load(cfg, torch.device("cpu"), torch.float32)
     train.adapt(cfg, model)
     for name, parameter in lora.lora_parameters(model).items():
-        same(parameter, trained[f"base_model.model.{lora.transformers_name(name)}.weight"])
+        same(parameter, trained[f"base_model.model.{transformers_name(name)}.weight"])
     resumed = {"base": base_of(first_run), "resume_adapter": first_run / "adapter"}
     train.main(tiny("--seed 1 --update-prompts 4", out=run, **resumed))
     # Before any update: to the first epoch's policy it would be 0.
     assert metrics(run)[0]["kl"] > 1e-4
-    assert metrics(run)[0]["lr"] == train.learning_rate(train.Config.lr, 0.05, 1 / 4)
+    assert metrics(run)[0]["lr"] == learning_rate(train.Config.lr, 0.05, 1 / 4)
     last = load_file(run / "checkpoints/policy/step-000004/tensors.safetensors")
     assert {tensor.item() for name, tensor in last.items() if name.startswith("step.")} == {4}
-    results = [train.read_json(folder / "results.json") for folder in (first_run, run)]
+    results = [read_json(folder / "results.json") for folder in (first_run, run)]
     assert results[0]["base"] == results[1]["base"]
 
 
@@ -2656,8 +2661,8 @@ def test_evaluation_swaps_the_audio(first_run, tmp_path, monkeypatch):
     train.main(["--eval-only", "--out", str(first_run), "--device", "cpu"])
     every = list(range(6))
     assert heard == [(every, None)] * 2 + [(every, data.swapped_audio(rows))]
-    evaluation = train.read_json(first_run / "evaluation-qa.json")
-    base = train.read_json(first_run / "base.json")
+    evaluation = read_json(first_run / "evaluation-qa.json")
+    base = read_json(first_run / "base.json")
     assert base.keys() < evaluation.keys() and base["mean reward x100, ceiling"] < 100
     assert len([name for name in base if name.startswith("heard %, ")]) == len(synthetic.FIELDS)
 
@@ -2703,8 +2708,8 @@ def test_a_folder_serves_one_process_and_is_taken_by_what_trains_there(
 ):
     run = tmp_path / "run"
     command = tiny(base=base_of(first_run), out=run)
-    with train.lock(run, wait=False):
-        with pytest.raises(DataError, match="in use by another process"):
+    with lock(run, wait=False):
+        with pytest.raises(UserError, match="in use by another process"):
             train.main(tiny(out=run))
     with monkeypatch.context() as broken:
         broken.setattr(data, "reward", lambda answer, row: math.nan)
@@ -2826,7 +2831,7 @@ def test_a_default_run_needs_no_more_than_the_five_files(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("imported: []\n")
-    results = train.read_json(tmp_path / "run" / "results.json")
+    results = read_json(tmp_path / "run" / "results.json")
     assert math.isnan(results["peak_memory_gb"]) and "BLEU greedy" in results["trained"]
 
 
@@ -3142,7 +3147,7 @@ def test_a_corpus_of_ones_own(transcripts, tmp_path, capsys):
     train.main(tiny("--train-rows 2", data=corpus, out=tmp_path / "run"))
     out = capsys.readouterr().out
     assert "tones: 12 train, 4 validation, 6 test rows" in out  # the first is not limited
-    results = train.read_json(tmp_path / "run" / "results.json")
+    results = read_json(tmp_path / "run" / "results.json")
     before = results["base"]["mean reward x100"]
     after = results["trained"]["mean reward x100"]
     shown = next(line.split() for line in out.splitlines() if line.startswith("mean reward"))
@@ -3198,8 +3203,8 @@ def test_an_encoder_with_lora_is_trained_and_never_heard_stale(first_run, tmp_pa
     moved = [t.abs().max() for t in of_encoder.values()]
     assert len(moved) == 16 and min(moved) > 1e-4
     assert all(row["first_ratio_gap"] < 1e-5 for row in metrics(run))
-    results = train.read_json(run / "results.json")
-    base = train.read_json(first_run / "results.json")["base"]
+    results = read_json(run / "results.json")
+    base = read_json(first_run / "results.json")["base"]
     for name, value in base.items():  # measured with LoRA off
         assert results["base"][name] == value or "reward" in name
 
@@ -3222,7 +3227,7 @@ def test_which_model_is_meant(first_run, tmp_path, monkeypatch):
         train.parse(["--eval-only"])
     with pytest.raises(SystemExit):
         train.parse(["--init", "a", "--base", "b"])
-    config = train.read_json(first_run / "adapter" / "adapter_config.json")
+    config = read_json(first_run / "adapter" / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(base_of(first_run))
 
 
@@ -3389,13 +3394,13 @@ def test_on_device_four_updates_are_two_and_a_checkpoint_and_two(tmp_path):
     def train_some(updates, folder, start=0):
         weights = {"a": randn(5, 3).to(DEVICE), "b": randn(4, seed=1).to(DEVICE)}
         named = {name: tensor.requires_grad_() for name, tensor in weights.items()}
-        updater = train.Updater(named.values(), grad_clip=1.0)
-        assert train.load_checkpoint(folder, named, updater.adam) == start
+        updater = Updater(named.values(), grad_clip=1.0)
+        assert load_checkpoint(folder, named, updater.adam) == start
         for n in range(start, updates):
             for p in named.values():
                 p.grad = randn(*p.shape, seed=n).to(DEVICE)
             updater.step(0.1)
-        train.save_checkpoint(folder, updates, named, updater.adam)
+        save_checkpoint(folder, updates, named, updater.adam)
         return [tensor.detach().cpu() for tensor in named.values()]
 
     want = train_some(4, tmp_path / "straight")
@@ -3447,7 +3452,7 @@ def test_on_device_a_run_stops_and_goes_on(tmp_path):
 
 @on_device
 def test_on_device_new_shapes_cost_no_more_than_old_ones():
-    model = adapted_model(train.pick(train.Config(device=DEVICE.type))[1], DEVICE)
+    model = adapted_model(choose_device(DEVICE.type, "auto")[1], DEVICE)
 
     def score(n):  # a prompt of n tokens, responses of n
         prompts = on(DEVICE, make_prompts([n]))
@@ -3475,7 +3480,7 @@ def test_on_device_memory_stays_flat_over_thirty_captures():
     def held():
         if ON_GPU:
             return torch.cuda.memory_reserved()
-        return train.peak_memory(DEVICE)
+        return peak_memory(DEVICE)
 
     for n in range(30):
         model.sample(prompts, rand(3, 8, 20 + n % 3, seed=n).to(DEVICE), EOS)
@@ -3486,7 +3491,7 @@ def test_on_device_memory_stays_flat_over_thirty_captures():
 
 @on_device
 def test_on_device_the_dtype_fits_the_card():
-    device, dtype = train.pick(train.Config(device=DEVICE.type))
+    device, dtype = choose_device(DEVICE.type, "auto")
     has_bfloat16 = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
     assert dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert device.type == DEVICE.type and (device.index is not None or not ON_GPU)
@@ -3535,17 +3540,19 @@ def test_scoring_never_waits_for_the_gpu(monkeypatch):
 def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
     """AdamW's step, too: the fused kernel wants it beside them."""
     here = {"a": randn(5, 3).requires_grad_()}
-    updater = train.Updater(here.values(), grad_clip=1.0)
+    updater = Updater(here.values(), grad_clip=1.0)
     here["a"].grad = randn(5, 3, seed=1)
     updater.step(0.1)
-    train.save_checkpoint(tmp_path, 1, here, updater.adam)
+    save_checkpoint(tmp_path, 1, here, updater.adam)
     saved = load_file(tmp_path / "step-000001" / "tensors.safetensors")  # true tensors
-    monkeypatch.setattr(train, "load_file", lambda file: saved)
-    monkeypatch.setattr(train, "refuse_unless_finite", lambda tensors, what: None)  # no contents
+    monkeypatch.setattr(checkpoints, "load_file", lambda file: saved)
+    monkeypatch.setattr(
+        checkpoints, "refuse_unless_finite", lambda tensors, what: None
+    )  # no contents
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = {"a": torch.empty(5, 3, device="cuda", requires_grad=True)}
-        updater = train.Updater(there.values(), grad_clip=1.0)
-        assert train.load_checkpoint(tmp_path, there, updater.adam) == 1
+        updater = Updater(there.values(), grad_clip=1.0)
+        assert load_checkpoint(tmp_path, there, updater.adam) == 1
         state = updater.adam.state[there["a"]]
         assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert {tensor.device.type for tensor in state.values()} == {"cuda"}
@@ -3587,18 +3594,18 @@ def test_each_process_takes_the_card_of_its_number(number, monkeypatch):
         if number is not None:
             monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else str(number))
     card = Card(monkeypatch, count=2)
-    device, dtype = train.pick(train.Config())
+    device, dtype = choose_device("auto", "auto")
     assert (device, dtype) == (torch.device("cuda", number or 0), torch.bfloat16)
     assert card.current == device
     Card(monkeypatch, count=1)
     if number == 1:
         with pytest.raises(UserError, match="no GPU of its own.*--nproc_per_node=1"):
-            train.pick(train.Config())
+            choose_device("auto", "auto")
 
 
 def test_a_card_without_bfloat16_takes_float32(monkeypatch):
     Card(monkeypatch, capability=(7, 5))
-    assert train.pick(train.Config())[1] == torch.float32
+    assert choose_device("auto", "auto")[1] == torch.float32
 
 
 def test_a_card_that_this_torch_cannot_run_is_refused(monkeypatch):
@@ -3606,7 +3613,7 @@ def test_a_card_that_this_torch_cannot_run_is_refused(monkeypatch):
     with pytest.raises(
         UserError, match=r"V100 \(compute capability 7.0\).*no kernel image"
     ) as told:
-        train.pick(train.Config())
+        choose_device("auto", "auto")
     assert "\n" not in str(told.value)
 
 
@@ -3617,9 +3624,9 @@ def test_a_gpu_that_its_driver_hides_is_told_of(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", init)
     for driver in ("/usr/bin/nvidia-smi", None):
-        monkeypatch.setattr(train.shutil, "which", {"nvidia-smi": driver}.get)
-        assert train.pick(train.Config())[0].type == "cpu"
+        monkeypatch.setattr(shutil, "which", {"nvidia-smi": driver}.get)
+        assert choose_device("auto", "auto")[0].type == "cpu"
         said = capsys.readouterr().out
         assert said.count("too old") == said.count("\n") == (driver is not None)
-    train.pick(train.Config(device="cpu"))
+    choose_device("cpu", "auto")
     assert capsys.readouterr().out == ""

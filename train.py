@@ -16,37 +16,29 @@ trained.
 
 import argparse
 import contextlib
-import datetime
 import json
-import math
 import os
-import re
 import shutil
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from shlex import quote
 
-import filelock
 import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
 import leaf
 from corpora import synthetic
-from data import DataError, UserError, read_json, reading
 from lora import (
     DECODER_TARGETS,
     apply_lora,
-    is_finite,
     load_adapter,
     lora_disabled,
     lora_layers,
@@ -54,20 +46,16 @@ from lora import (
     save_adapter,
 )
 from model import SpeechConfig, SpeechLM, pad_ragged, to_device
-
-try:
-    import resource  # memory used, on systems that have it
-except ImportError:
-    resource = None
+from upkeep.errors import UserError, command, reading, writing
+from upkeep.files import check_same, lock, read_json, sync, write_file, write_json
+from upkeep.flags import check_numbers, flag, make_parser
+from upkeep.log import Log, best_validation
+from upkeep.machine import choose_device, peak_memory
+from upkeep.optim import Updater, learning_rate
+from upkeep.processes import average, join_processes, rank, world
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag
-
-
-def flag(default, help: str, choices=None, least: int = 1, group: str = ""):
-    """A field that is a flag. least: the smallest value of a whole number; group: starts one."""
-    metadata = {"help": help, "choices": choices, "least": least, "group": group}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -314,60 +302,9 @@ def decode(tokenizer, tokens, lengths) -> list[str]:
     return [tokenizer.decode(t[:n].tolist()) for t, n in zip(tokens, lengths)]
 
 
-def learning_rate(peak: float, warmup: float, progress: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to a tenth of the peak; progress runs
-    from 0 to 1."""
-    if progress < warmup:
-        return peak * progress / warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    return peak * (0.1 + 0.9 * cosine)
-
-
 def seed_dropout(seed: int, step: int):
     """Dropout's random numbers, keyed by step and process: a resumed run repeats them."""
     torch.manual_seed(int(np.random.default_rng([seed, step, rank()]).integers(2**31)))
-
-
-class Updater:
-    """AdamW that clips the gradient's norm, skips gradients that are not finite, and gives up after
-    ten of them in a row.
-
-    buffers: what a forward pass changes (BatchNorm's statistics); a step that is skipped leaves
-    them, too, as they were at zero_grad().
-    """
-
-    def __init__(self, parameters, grad_clip: float, buffers=()):
-        self.parameters = list(parameters)
-        self.grad_clip = grad_clip
-        self.buffers = list(buffers)
-        self.skipped = 0
-        self.adam = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-        self.zero_grad()
-
-    def zero_grad(self):
-        """Before the forward pass: forget the last step's gradients."""
-        self.adam.zero_grad(set_to_none=True)
-        self.buffers_before = [buffer.clone() for buffer in self.buffers]
-
-    def step(self, lr: float) -> float:
-        """Apply the gradients; returns their norm before clipping."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip))
-        if math.isfinite(norm):
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            self.skipped = 0
-        else:
-            for buffer, before in zip(self.buffers, self.buffers_before):
-                buffer.copy_(before)
-            self.skipped += 1
-            tqdm.write(f"skipped an update: gradient norm {norm} ({self.skipped} in a row)")
-            if self.skipped == 10:
-                raise UserError(
-                    "10 updates in a row were not finite; lower the learning rate, or --dtype float32"
-                )
-        return norm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -385,8 +322,9 @@ def make_base(cfg: Config, train: data.Split, folder: Path, device):
             if not folder.exists():
                 check_same(work, settings, "base.json")
                 train_base(cfg, train, work, device)
-                os.rename(work, folder)
-                shutil.rmtree(folder / "checkpoints")
+                with writing(folder):
+                    os.rename(work, folder)
+                    shutil.rmtree(folder / "checkpoints")
     check_same(folder, settings, "base.json")
 
 
@@ -651,7 +589,8 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
     model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     split = data.Split("test", rows, cfg.cache_gb)
     split.hear(model, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     name = f"{cfg.name}-best" if Path(cfg.resume_adapter).name == BEST else cfg.name
     figures = folder / f"evaluation-{name}.json"
     answers = folder / f"predictions-{name}.jsonl"
@@ -662,383 +601,7 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
 
 
 # --------------------------------------------------------------------------------------------------
-# Never lose work: resume, log, save, stop; one process at a time; files whole or not at all
-
-
-class Log:
-    """Where a stage of training stands: `start`, its first step, and `record`, called after each.
-
-    The steps before `start` are in the newest checkpoint below folder, which is loaded into `named`
-    (tensors) and the optimizer. Everything random inside a step is keyed by (seed, step), so that
-    is all the state there is: a resumed run repeats nothing and misses nothing. rule: the credit
-    rule, which may not change on the way; processes: how many take these steps together.
-
-    As a context it notes Ctrl-C, SIGTERM, a closed terminal and a reader that has left (`| head`),
-    for record() to save and leave; a second signal stops at once.
-    """
-
-    def __init__(
-        self, stage, folder: Path, steps: int, named, optimizer, save_every, rule="", processes=1
-    ):
-        self.stage, self.steps, self.named, self.optimizer = stage, steps, named, optimizer
-        self.save_every, self.rule, self.processes = save_every, rule, processes
-        self.writes = rank() == 0
-        self.checkpoints = folder / "checkpoints" / stage
-        self.start = load_checkpoint(self.checkpoints, named, optimizer, rule)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{stage}.jsonl" if self.writes else Path(os.devnull)
-        self.best = self.checkpoints / "best.safetensors"
-        self.best_bleu = -math.inf
-        if self.writes:  # one line a step: what lies past the checkpoint comes again
-            lines = []
-            if self.path.exists():
-                lines = self.path.read_bytes().splitlines(keepends=True)[: self.start]
-            write_file(self.path, b"".join(lines))
-            self.best_bleu = best_validation(self.path)["validation_bleu"]
-        self.stop_signals = []
-
-    def __enter__(self):
-        self.file = open(self.path, "a", encoding="utf-8")
-        disable = None if self.writes else True  # None: where there is no terminal
-        self.bar = tqdm(
-            total=self.steps, initial=self.start, desc=self.stage, disable=disable, mininterval=0.5
-        )
-        self.handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.handlers[number] = signal.signal(number, self.ask_to_stop)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        with writing(self.path):
-            self.file.close()
-
-    def ask_to_stop(self, number, frame):
-        if self.stop_signals:
-            raise SystemExit(128 + number)
-        self.stop_signals.append(number)
-
-    def record(self, step: int, metrics: dict[str, float], validation=None):
-        """Log a step that is done: the mean of the processes' metrics, and figures of validation
-        where there are any. Save when it is time, or when somebody was asked to stop, and stop."""
-        stopping = len(self.stop_signals)
-        if self.processes > 1:  # all stop, or the others would wait for ever
-            device = next(iter(self.named.values())).device
-            values = torch.tensor([*metrics.values(), stopping], device=device)
-            average([values])
-            *means, stopping = values.tolist()
-            metrics = dict(zip(metrics, means))
-        metrics = metrics | (validation or {})
-        done = step + 1
-        with writing(self.path):
-            self.file.write(json.dumps({"step": done, **metrics}) + "\n")
-            self.file.flush()
-        if validation and validation["validation_bleu"] > self.best_bleu:  # the first of equals
-            self.best_bleu = validation["validation_bleu"]
-            values = {name: tensor.detach().cpu() for name, tensor in self.named.items()}
-            write_file(self.best, save(values))
-        shown = [name for name in ("loss", "reward", "kl") if name in metrics]
-        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
-        self.say(done, VALIDATION.format(step=done, **metrics) if validation else "")
-        if self.writes and (done % self.save_every == 0 or done == self.steps or stopping):
-            with writing(self.path):
-                os.fsync(self.file.fileno())
-            save_checkpoint(self.checkpoints, done, self.named, self.optimizer, self.rule)
-        if stopping:
-            self.say(
-                done,
-                f"saved step {done} of {self.steps} in {self.checkpoints}; "
-                "the same command goes on from there",
-            )
-            raise SystemExit(128 + (self.stop_signals or [signal.SIGTERM])[0])
-
-    def say(self, done: int, text: str):
-        """Move the bar, and print above it. Where nobody reads any more, be silent and stop."""
-        try:
-            self.bar.update(done - self.bar.n)
-            if text:
-                tqdm.write(text)
-        except OSError:
-            self.bar.disable = True
-            sys.stdout = open(os.devnull, "w")
-            self.stop_signals.append(signal.SIGTERM)
-
-
-VALIDATION = (
-    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  "
-    "clipped {clip_fraction:.3f}  ratio {ratio:.3f}  grad {grad_norm:.2f}  "
-    "length {response_length:.1f}  equal rewards {equal_rewards:.2f}  "
-    "usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
-)
-
-
-def save_checkpoint(folder: Path, step: int, named, optimizer, rule: str = ""):
-    """One folder, step-NNNNNN, of tensors, moments and the step number: everything is written and
-    synced under another name, then renamed once. The newest two are kept."""
-    tensors = {f"value.{name}": tensor for name, tensor in named.items()}
-    for name, tensor in named.items():
-        for key, moment in optimizer.state.get(tensor, {}).items():
-            tensors[f"{key}.{name}"] = moment
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    final = folder / f"step-{step:06d}"
-    temporary = folder / f"saving-{os.getpid()}"
-    refuse_unless_finite(tensors, f"step {step} is not saved in {folder}")
-    with writing(temporary):
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "tensors.safetensors")
-        write_json(temporary / "state.json", {"step": step, "credit": rule})
-        sync(temporary / "tensors.safetensors")
-        sync(temporary)
-        os.rename(temporary, final)
-    for old in saved_steps(folder)[:-2]:
-        shutil.rmtree(old)
-
-
-def saved_steps(folder: Path) -> list[Path]:
-    """The checkpoints below a folder, the newest last; what has another name is not ours."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
-    """Restore the newest checkpoint that is whole; returns its step, 0 where there is none."""
-    for leftover in folder.glob("saving-*"):  # a save that was killed
-        shutil.rmtree(leftover, ignore_errors=True)  # another process may be faster
-    for path in reversed(saved_steps(folder)):
-        try:
-            saved_rule, tensors = read_checkpoint(path, named)
-        except DataError as error:
-            print(f"note: a checkpoint is damaged and left out: {error}")
-            shutil.rmtree(path, ignore_errors=True)  # its step will be saved again
-            continue
-        if saved_rule != rule:
-            raise UserError(
-                f"{folder} was trained with the credit rule {saved_rule!r}, not {rule!r}: "
-                "go on with that one, or choose another folder with --out"
-            )
-        with torch.no_grad():
-            for name, tensor in named.items():
-                tensor.copy_(tensors.pop(f"value.{name}"))
-        for key, moment in tensors.items():
-            kind, _, name = key.partition(".")
-            # Fused AdamW keeps all of it with the parameter, the step count included.
-            optimizer.state[named[name]][kind] = moment.to(named[name].device)
-        return int(path.name.removeprefix("step-"))
-    return 0
-
-
-def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
-    """The credit rule and the tensors; DataError where it is not whole."""
-    state = read_json(path / "state.json")
-    file = path / "tensors.safetensors"
-    with reading(file, "safetensors"):
-        tensors = load_file(file)
-    missing = {f"value.{name}" for name in named} - tensors.keys()
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if name not in named or tensor.shape != (() if kind == "step" else named[name].shape):
-            missing.add(key)
-    if missing:
-        raise DataError(f"{file} lacks {min(missing)}, or has it in another shape")
-    refuse_unless_finite(tensors, f"{file} is not used")
-    if "credit" not in state:
-        raise DataError(f"{path / 'state.json'} names no credit rule")
-    return state["credit"], tensors
-
-
-def refuse_unless_finite(tensors: dict[str, torch.Tensor], what: str):
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise DataError(f"{what}: {name} has values that are not finite")
-
-
-def best_validation(metrics: Path) -> dict:
-    """The first line with the greatest validation BLEU; without a step where there is none."""
-    best = {"validation_bleu": -math.inf}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row.get("validation_bleu", -math.inf) > best["validation_bleu"]:
-            best = row
-    return best
-
-
-def check_same(folder: Path, settings: dict, file: str):
-    """A folder belongs to one configuration, which is in `file`: a new folder takes the settings,
-    any other is refused unless they are the same. Raises UserError with the difference."""
-    path = folder / file
-    before_training = {file, "lock", "tokenizer.model"}
-    before_training |= {name + ".tmp" for name in before_training}  # of a write that was killed
-    if {entry.name for entry in folder.iterdir()} <= before_training:
-        write_json(path, settings)
-        return
-    there = read_json(path)
-    different = [
-        f"  {name}: {there.get(name)!r} there, {value!r} now"
-        for name, value in settings.items()
-        if there.get(name) != value
-    ]
-    if different:
-        choose = "--base" if file == "base.json" else "--out"
-        raise UserError(
-            f"{folder} belongs to another configuration:\n" + "\n".join(different) + "\n"
-            f"Change the flags back, choose another folder with {choose}, or remove this one"
-        )
-
-
-def lock(folder: Path, wait: bool):
-    """Hold a folder for this process, as a context; wait for another process, or refuse."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return filelock.FileLock(folder / "lock").acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise DataError(f"{folder} is in use by another process") from None
-
-
-def write_json(path: Path, value):
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes):
-    """Written and synced beside its place, then renamed into it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        sync(temporary)
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """One line with the path from whatever goes wrong while it is written: no room, for one."""
-    try:
-        yield
-    except (OSError, SafetensorError, soundfile.SoundFileError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path} cannot be written ({reason}); when it can, the same command goes on"
-        ) from None
-
-
-def sync(path: Path):
-    """Wait until a file or folder is on the disk; Windows has no such call for a folder."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    os.fsync(handle)
-    os.close(handle)
-
-
-# --------------------------------------------------------------------------------------------------
-# Processes, as torchrun starts them: rank r of N takes prompts r, r + N, ... of each update. LoRA's
-# gradients, whose mean is all that travels, are small.
-
-
-def local_rank() -> int:
-    """Which of this machine's processes this is, and so which GPU is its own; alone: 0."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [os.environ.get(name) for name in names]
-    if given[:2] == [None, None]:
-        return 0
-    if not all(value and value.isdecimal() for value in given) or int(given[0]) >= int(given[1]):
-        told = ", ".join(f"{name}={value}" for name, value in zip(names, given))
-        raise UserError(f"{told}: torchrun sets all three to numbers; start with it, or unset them")
-    return int(given[2])
-
-
-def join_processes(device: torch.device):
-    """Join those that torchrun started beside this one, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        on_gpus = device.type == "cuda"
-        # No early time-out: the others wait while the first trains a base, or evaluates.
-        dist.init_process_group(
-            "nccl" if on_gpus else "gloo",
-            timeout=datetime.timedelta(days=1),
-            device_id=device if on_gpus else None,
-        )
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def average(tensors):
-    """In place, the mean over the processes."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= world()
-
-
-# --------------------------------------------------------------------------------------------------
 # From the command line
-
-
-def pick(cfg: Config) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of the policy on it. Raises UserError where it cannot be used."""
-    number = local_rank()
-    best = "cpu"
-    if torch.cuda.is_available():
-        best = "cuda"
-    elif torch.backends.mps.is_available():
-        best = "mps"
-    elif cfg.device != "cpu" and number == 0:
-        tell_why_no_gpu()
-    if cfg.device not in ("auto", "cpu", best):
-        raise UserError(f"--device {cfg.device}: this torch sees no such device here")
-    kind = best if cfg.device == "auto" else cfg.device
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device(kind, number)  # by number, or every process would take the first
-        use_card(device)
-    dtype = cfg.dtype
-    if dtype == "auto":
-        # A card without bfloat16 emulates it, more slowly than it computes in float32.
-        has_bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bf16 else "float32"
-    return device, getattr(torch, dtype)
-
-
-def use_card(device: torch.device):
-    """Make a GPU the current one, and see that it runs something."""
-    count = torch.cuda.device_count()
-    if device.index >= count:
-        raise UserError(
-            f"process {device.index} of this machine has no GPU of its own: there are {count}; "
-            f"start torchrun with --nproc_per_node={count}, or use --device cpu"
-        )
-    try:
-        torch.cuda.set_device(device)
-        torch.ones(1, device=device).add_(1).item()
-    except RuntimeError as error:
-        major, minor = torch.cuda.get_device_capability(device)
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) cannot run "
-            f"this PyTorch {torch.__version__}: {reason}. Install a build for the card from "
-            "pytorch.org, choose another card with CUDA_VISIBLE_DEVICES, or use --device cpu"
-        ) from None
-
-
-def tell_why_no_gpu():
-    """Say why PyTorch does not see the card of a machine that has one, before hours on the CPU."""
-    if not shutil.which("nvidia-smi"):
-        return
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the driver's fault, or a build without CUDA
-        reason = str(error).splitlines()[0]
-        print(
-            f"note: there is an NVIDIA driver, but this is for the CPU, since to PyTorch {reason!r}"
-        )
 
 
 def finished(folder: Path, given: dict, adapter="adapter") -> Config:
@@ -1078,38 +641,13 @@ def evaluated(given: dict, adapter: str) -> Config:
     return cfg
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """A flag for every field of Config; those that are not given leave no trace."""
-    parser = argparse.ArgumentParser(
-        usage="train.py [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # it may come from a finished run
-    )
-    for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        name = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"]
-        if f.default != "":
-            default = f"{f.default:.4g}" if isinstance(f.default, float) else f.default
-            text += f" (default: {default})"
-        if isinstance(f.default, bool):
-            group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-            group.add_argument(name, help=text, **kind)
-    text = "test the run in --out, or --init, and no more"
-    group.add_argument("--eval-only", action="store_true", help=text)
-    text = "with --eval-only: the adapter of the best validation instead of the last"
-    group.add_argument("--best", action="store_true", help=text)
-    return parser
-
-
 def parse(argv) -> tuple[Config, bool]:
     """The configuration, and whether only to evaluate. Exits with code 2 where a flag is wrong."""
-    parser = make_parser()
+    switches = {
+        "--eval-only": "test the run in --out, or --init, and no more",
+        "--best": "with --eval-only: the adapter of the best validation instead of the last",
+    }
+    parser = make_parser(Config, "train.py [flags]", __doc__, switches)
     given = vars(parser.parse_args(argv))
     eval_only = given.pop("eval_only", False)
     adapter = BEST if given.pop("best", False) else "adapter"
@@ -1123,13 +661,7 @@ def parse(argv) -> tuple[Config, bool]:
 
 
 def check_flags(parser: argparse.ArgumentParser, cfg: Config):
-    for f in fields(Config):
-        value = getattr(cfg, f.name)
-        if type(f.default) is int and not f.metadata["least"] <= value < 2**63:
-            least = f.metadata["least"]
-            parser.error(f"{f.name} must be at least {least} and below 2**63, not {value}")
-        if type(f.default) is float and not 0 <= value < math.inf:
-            parser.error(f"{f.name} must be a number from 0 up, not {value}")
+    check_numbers(parser, cfg)
     if cfg.grad_clip == 0:
         parser.error("grad_clip must be above 0, or no gradient is left")
     if cfg.warmup >= 1 or cfg.lora_dropout >= 1:
@@ -1150,7 +682,7 @@ def check_flags(parser: argparse.ArgumentParser, cfg: Config):
 def main(argv=None):
     began = time.time()
     cfg, eval_only = parse(argv)
-    device, dtype = pick(cfg)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
     if cfg.init:
         files = (cfg.base_folder / "config.json", cfg.base_folder / "tokenizer.json")
         if not all(file.exists() for file in files):
@@ -1242,7 +774,9 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     best = best_validation(folder / "policy.jsonl")
     if "step" in best:
         parameters = lora_parameters(model)
-        saved = load_file(folder / "checkpoints" / "policy" / "best.safetensors")
+        file = folder / "checkpoints" / "policy" / "best.safetensors"
+        with reading(file, "safetensors"):
+            saved = load_file(file)
         values = [saved[name].to(model.device) for name in parameters]
         with writing(folder / BEST), other_values(parameters.values(), values):
             save_adapter(model, folder / BEST, targets, base=str(base_folder))
@@ -1295,32 +829,5 @@ def other_values(parameters, values):
             parameter.data = value
 
 
-def peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU, or of this process; nan where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 if __name__ == "__main__":
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by >&-
-            setattr(sys, name, open(os.devnull, "w"))
-    # A log file shows each line as it comes, and what a terminal cannot show is escaped.
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except (UserError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "interrupted where there was nothing to save; the same command goes on", file=sys.stderr
-        )
-        sys.exit(130)
+    command(main)

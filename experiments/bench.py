@@ -47,10 +47,12 @@ import train
 from experiments.common import RESULTS, command_line, environment, table
 from lora import apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM
+from upkeep.files import read_json, write_json
+from upkeep.machine import choose_device
 
 SIDES = ("ours", "official", "tuned")
 PARTS = ("hearing", "sampling", "old log-probs", "reference", "update")
-DEVICE, DTYPE = train.pick(train.Config())
+DEVICE, DTYPE = choose_device("auto", "auto")
 VERSIONS = {module.__name__: module.__version__ for module in (transformers, peft)}
 
 
@@ -425,7 +427,7 @@ def load_transformers(folder: Path):
     transformers.utils.logging.disable_progress_bar()
     if DEVICE.type == "cpu":  # whose kernels can do what transformers does not count on
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
-    config = train.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     config["projector_config"] |= {"model_type": "blip_2_qformer", "vocab_size": 1}
     text = {k: v for k, v in config["text_config"].items() if v is not None}  # head_dim
     text["tie_word_embeddings"] = config["tie_word_embeddings"]
@@ -566,10 +568,10 @@ def main():
     for shape in args.shape:
         for sharing in SHARING:
             found = bench(shape, sharing)
-            results = train.read_json(path) if path.exists() else {}
+            results = read_json(path) if path.exists() else {}
             made_on = f"{DEVICE.type}, {DTYPE}, {torch.get_num_threads()} threads"
             results[f"{shape}, sharing {sharing}, {made_on}".replace("torch.", "")] = found
-            train.write_json(path, results)
+            write_json(path, results)
 
 
 if __name__ == "__main__":

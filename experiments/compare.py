@@ -38,6 +38,9 @@ from tqdm import tqdm
 import data
 import train
 from experiments.common import RESULTS, command_line, environment, interval, rounded, table
+from upkeep.errors import UserError, command
+from upkeep.files import check_same, lock, read_json, write_file, write_json
+from upkeep.machine import choose_device
 
 TASKS = ("qa", "translation")
 BASES = range(4)
@@ -89,14 +92,14 @@ def described(cfg: train.Config, **more) -> dict:
 def make_base(args, task: str, base: int):
     """Train a base, and measure it."""
     cfg = config(args, task, base)
-    device, dtype = train.pick(cfg)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
     rows = data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb)
     train.make_base(cfg, rows, cfg.base_folder, device)
     model, tokenizer = train.load(cfg, device, dtype)
     splits = splits_of(cfg, model, tokenizer)
     predictions = cfg.base_folder / "predictions.jsonl"
     scores = train.evaluate(model, tokenizer, splits["test"], cfg, predictions)
-    train.write_json(args.out / "bases" / f"{task}-base{base}.json", described(cfg, test=scores))
+    write_json(args.out / "bases" / f"{task}-base{base}.json", described(cfg, test=scores))
 
 
 def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: float):
@@ -107,7 +110,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     cfg = config(args, task, base, seed=seed, lr=lr, out=str(folder), **flags)
     # Of a run that was stopped: it is short, and starts again.
     shutil.rmtree(folder, ignore_errors=True)
-    device, dtype = train.pick(cfg)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
     model, tokenizer = train.load(cfg, device, dtype)
     splits = splits_of(cfg, model, tokenizer)
     train.adapt(cfg, model)
@@ -118,7 +121,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     if stage == "main":
         predictions = folder / "predictions.jsonl"
         result["test"] = train.evaluate(model, tokenizer, splits["test"], cfg, predictions)
-    train.write_json(file, result)
+    write_json(file, result)
     shutil.rmtree(folder)
 
 
@@ -134,7 +137,7 @@ def run_file(args, stage, task, method, base, seed, lr) -> Path:
 def finished(args, stage: str) -> list[dict]:
     """Results of a stage below --out."""
     files = sorted((args.out / stage).glob("*.json"))
-    return [train.read_json(file) | {"stage": stage} for file in files]
+    return [read_json(file) | {"stage": stage} for file in files]
 
 
 def job_of(result: dict) -> tuple:
@@ -172,7 +175,7 @@ def missing(args, stage: str) -> list[tuple]:
     """What is left to run of a stage."""
     if stage == "main" and missing(args, "rates"):
         untried = f"not all learning rates have been tried for {', '.join(args.tasks)}"
-        raise data.UserError(f"{untried}: run the stage rates")
+        raise UserError(f"{untried}: run the stage rates")
     done = {job_of(result) for result in finished(args, stage) + kept(stage)}
     return [job for job in plan(args, stage) if job not in done]
 
@@ -190,10 +193,10 @@ def work(args, stage: str):
     os.environ["TQDM_DISABLE"] = "1"  # in the workers; read where tqdm is imported
     context = multiprocessing.get_context("spawn")  # a child that is forked inherits threads' locks
     with (
-        train.lock(args.out, wait=False),
+        lock(args.out, wait=False),
         ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool,
     ):
-        train.check_same(args.out, {"run": RUN}, "config.json")
+        check_same(args.out, {"run": RUN}, "config.json")
         futures = [pool.submit(*job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), stage, len(futures), disable=None):
@@ -222,7 +225,7 @@ def keep(args):
     replaced = {job_of(r) for r in new}
     old = [r for r in kept() if job_of(r) not in replaced]
     lines = [json.dumps(r) + "\n" for r in [*old, *map(rounded, new)]]
-    train.write_file(RESULTS / "compare.jsonl", "".join(lines).encode())
+    write_file(RESULTS / "compare.jsonl", "".join(lines).encode())
     print(f"{len(new)} runs are new in {RESULTS / 'compare.jsonl'}, {len(old)} stay")
 
 
@@ -271,7 +274,7 @@ def report(lines: list[dict]):
         difference_table(of_stage["main"]),
     ]
     text = "\n".join([*tables, *made_by(lines)])
-    (RESULTS / "compare.md").write_text(text)
+    write_file(RESULTS / "compare.md", text.encode())
     print(text)
 
 
@@ -347,8 +350,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

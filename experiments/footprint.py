@@ -30,6 +30,7 @@ from experiments import bench
 from experiments.common import RESULTS, environment, table
 from lora import apply_lora, lora_layers
 from model import SpeechConfig, SpeechLM, TextConfig
+from upkeep.files import write_json
 
 # As in config.json of the released models on Hugging Face; of the 8B, as its model card (encoder,
 # projector) and granite-3.1-8b-instruct say (decoder).
@@ -149,7 +150,7 @@ def main():
         cells = [f"{gb:.1f} GB" for gb in gigabytes]
         rows.append([f"{name}, {parameters / 1e9:.2f}e9", *cells])
     print(table(["model, parameters", "sampling", "update", "held", "with allowance"], rows))
-    train.write_json(RESULTS / "footprint.json", result)
+    write_json(RESULTS / "footprint.json", result)
 
 
 if __name__ == "__main__":

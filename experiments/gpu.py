@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-import train
 from experiments import bench
 from experiments.common import RESULTS, command_line, environment
+from upkeep.files import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "gpu"
@@ -39,7 +39,7 @@ def default(*flags: str) -> dict:
     run = RUNS / "-".join(["run", *flags])
     command = [sys.executable, "train.py", "--device", "cuda", "--out", str(run), *flags]
     subprocess.run(command, cwd=ROOT, check=True)
-    results = train.read_json(run / "results.json")
+    results = read_json(run / "results.json")
     steps = [json.loads(line) for line in (run / "policy.jsonl").read_text().splitlines()]
     for name in ("seconds", "sampling_share", "credit_share", "tokens_per_second"):
         results[f"{name} of a step"] = sum(step[name] for step in steps) / len(steps)
@@ -59,7 +59,7 @@ def measure_parts(parts: dict, path: Path):
     """Add to the JSON file what it lacks of the parts."""
     result = {"environment": environment() | bench.VERSIONS}
     if path.exists():
-        result = train.read_json(path)
+        result = read_json(path)
     for name, measure in parts.items():
         if name in result:
             continue
@@ -71,7 +71,7 @@ def measure_parts(parts: dict, path: Path):
         except subprocess.CalledProcessError as error:  # which has told why
             result[name] = f"exit code {error.returncode}"
         torch.cuda.empty_cache()
-        train.write_json(path, result)
+        write_json(path, result)
 
 
 def main():

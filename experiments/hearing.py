@@ -8,13 +8,15 @@ experiments/results/hearing.json; with --tune they are of another 1,000 rows, to
 only printed.
 """
 
-import sys
 from pathlib import Path
 
 import data
 import train
 from corpora import synthetic
 from experiments.common import RESULTS, command_line, environment, rounded, table
+from upkeep.errors import UserError, command
+from upkeep.files import read_json, write_json
+from upkeep.machine import choose_device
 
 ROWS = 1000
 
@@ -23,7 +25,7 @@ def configuration(folder: Path) -> train.Config:
     """Of a finished run, with its adapter, or of a base."""
     if (folder / "results.json").exists():
         return train.finished(folder, {})
-    settings = train.read_json(folder / "base.json")
+    settings = read_json(folder / "base.json")
     return train.Config(base=str(folder), **{name: settings[name] for name in train.Config.BASE})
 
 
@@ -31,13 +33,11 @@ def measure(folder: Path, split: str) -> dict[str, float]:
     """By field, the percentage of the split's rows with the field whose answers have it right."""
     cfg = configuration(folder)
     if cfg.data:
-        raise data.UserError(
-            f"{folder} is of the corpus {cfg.data}: only synthetic rows can be made"
-        )
+        raise UserError(f"{folder} is of the corpus {cfg.data}: only synthetic rows can be made")
     sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
     sizes |= {"tune": ROWS, "heard": ROWS}
     rows = synthetic.rows(cfg.task, sizes, cfg.base_seed)[split]
-    device, dtype = train.pick(cfg)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
     model, tokenizer = train.load(cfg, device, dtype, cfg.resume_adapter)
     heard = data.Split(split, rows, cfg.cache_gb)
     heard.hear(model, tokenizer)
@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--tune", action="store_true", help="the rows to choose by")
     args = parser.parse_args()
     file = RESULTS / "hearing.json"
-    kept = train.read_json(file) if file.exists() else {}
+    kept = read_json(file) if file.exists() else {}
     found = {}
     for folder in args.folders:
         found[folder.name] = measure(folder, "tune" if args.tune else "heard")
@@ -63,12 +63,8 @@ def main():
     ]
     print(table(["% heard", *fields], rows))
     if not args.tune:
-        train.write_json(file, kept)
+        write_json(file, kept)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

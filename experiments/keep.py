@@ -10,16 +10,16 @@ policy optimisation).
 import shutil
 from pathlib import Path
 
-import train
 from experiments.common import RESULTS, command_line, environment
+from upkeep.files import read_json, write_json
 
 
 def keep(run: Path, metrics: bool):
-    results = train.read_json(run / "results.json")
+    results = read_json(run / "results.json")
     config = results["config"]  # without the places things lay at
     kept = {k: v for k, v in config.items() if k not in ("out", "base")}
     results["config"] = kept | {"data": Path(config["data"]).name}
-    train.write_json(RESULTS / f"{run.name}.json", results | {"environment": environment()})
+    write_json(RESULTS / f"{run.name}.json", results | {"environment": environment()})
     if metrics:
         shutil.copy(run / "policy.jsonl", RESULTS / f"{run.name}.jsonl")
 

@@ -8,7 +8,9 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from data import AUDIO, DataError, read_json, reading
+from data import AUDIO
+from upkeep.errors import DataError, reading
+from upkeep.files import read_json
 
 # Templates may tell the date. Here it is one for ever, so that a run means the same tomorrow: that
 # of Granite Speech 3.3's model card.

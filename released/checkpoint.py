@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data import DataError, read_json, reading
-from lora import load_adapter, lora_layers, read_tensors
+from lora import load_adapter, lora_layers
 from model import SpeechLM
+from upkeep.errors import DataError, reading
+from upkeep.files import read_json
+from upkeep.tensors import read_tensors
 
 
 def load_model(folder, device="cpu", dtype=None) -> SpeechLM:

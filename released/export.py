@@ -11,17 +11,18 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 import train
-from data import DataError, UserError, read_json, reading
-from lora import is_finite, our_name, read_adapter
+from lora import read_adapter
 from model import SpeechLM
 from released.checkpoint import INDEX, weight_files
+from upkeep.errors import DataError, UserError, command, reading, writing
+from upkeep.files import read_json, sync
+from upkeep.tensors import is_finite, our_name
 
 # What else belongs to a checkpoint: settings, tokenizer, preprocessor, chat template.
 KEPT = (".json", ".jinja", ".model", ".txt")
@@ -52,27 +53,30 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
             raise DataError(f"{checkpoint}: its files hold no {name}, which LoRA is for")
 
     work = out.with_name(out.name + "-exporting")  # renamed when it is complete
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        index = {"metadata": {}, "weight_map": {}}
+    with writing(out):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [
+                f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+            ]
+            index = {"metadata": {}, "weight_map": {}}
+            for name, shard in zip(names, shards):
+                index["weight_map"] |= dict.fromkeys(shard, name)
+            (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for name, shard in zip(names, shards):
-            index["weight_map"] |= dict.fromkeys(shard, name)
-        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name, shard in zip(names, shards):
-        write_shard(work / name, shard, updates)
-    config = read_json(checkpoint / "config.json") | {"has_lora_adapter": False}
-    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in checkpoint.iterdir():
-        if file.suffix in KEPT and file.name not in NOT_KEPT:
-            shutil.copyfile(file, work / file.name)
-    for file in work.iterdir():
-        train.sync(file)
-    if out.exists():
-        out.rmdir()  # it is empty
-    os.rename(work, out)
+            write_shard(work / name, shard, updates)
+        config = read_json(checkpoint / "config.json") | {"has_lora_adapter": False}
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in checkpoint.iterdir():
+            if file.suffix in KEPT and file.name not in NOT_KEPT:
+                shutil.copyfile(file, work / file.name)
+        for file in work.iterdir():
+            sync(file)
+        if out.exists():
+            out.rmdir()  # it is empty
+        os.rename(work, out)
 
 
 def lora_updates(checkpoint: Path, adapters: list[Path]) -> dict[str, list[tuple]]:
@@ -154,8 +158,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import train
-from data import AUDIO, DataError, UserError, read_json
+from data import AUDIO
 from model import SpeechConfig, SpeechLM
 from released import ChatTokenizer, load_model
 from released.checkpoint import INDEX, fold
@@ -53,6 +53,9 @@ from test_leaf import (
     write_corpus,
 )
 from tools import ask
+from upkeep.errors import DataError, UserError
+from upkeep.files import read_json, write_json
+from upkeep.tensors import our_name
 
 __all__ = ["first_run", "seeded"]  # fixtures
 
@@ -395,7 +398,7 @@ def checkpoint(tmp_path_factory):
     theirs.save_pretrained(folder)
     adapter_file = folder / "adapter_model.safetensors"
     assert adapter_file.exists()
-    tensors = {lora.our_name(name): tensor for name, tensor in load_file(adapter_file).items()}
+    tensors = {our_name(name): tensor for name, tensor in load_file(adapter_file).items()}
     save_file(tensors, adapter_file)  # IBM's has the decoder's released names
     left_behind = folder / "model-00001-of-00099.safetensors"
     left_behind.write_bytes(b"the index does not name it")
@@ -722,14 +725,14 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
     evaluate_whole = ["--eval-only", "--out", str(whole), "--device", "cpu"]
     train.main([*command, "--out", str(whole), "--eval-passes", "2"])
     assert {"base-tones-seed0", "whole-training"}.isdisjoint(p.name for p in tmp_path.iterdir())
-    results = train.read_json(whole / "results.json")
+    results = read_json(whole / "results.json")
 
     # The base column is the checkpoint's own, the trained one the run's; predictions are a judge's
     # to read.
     train.main([*command, "--eval-only", "--eval-passes", "2", "--out", str(tmp_path / "base")])
-    base = train.read_json(tmp_path / "base" / "evaluation-tones.json")
+    base = read_json(tmp_path / "base" / "evaluation-tones.json")
     train.main(evaluate_whole)
-    trained = train.read_json(whole / "evaluation-tones.json")
+    trained = read_json(whole / "evaluation-tones.json")
     for name, value in results["trained"].items():
         assert (base[name], trained[name]) == (results["base"][name], value), name
     evaluated, answered = (whole / f"predictions-{name}.jsonl" for name in ("tones", "trained"))
@@ -759,7 +762,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
 
     # Its settings are the run's unless given; a checkpoint without --out has a folder of its own.
     train.main([*evaluate_whole, "--test-rows", "3", "--eval-passes", "1"])
-    some = train.read_json(whole / "evaluation-tones.json")
+    some = read_json(whole / "evaluation-tones.json")
     assert (some["test_rows"], some["config"]["eval_passes"], some["config"]["lora_r"]) == (3, 1, 4)
     monkeypatch.chdir(tmp_path)
     calls = []
@@ -774,7 +777,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
         own_adapter = ["--resume-adapter", str(whole / "adapter")]
         train.main([*command, "--eval-only", "--eval-passes", "3", *own_adapter])
     own_folder = tmp_path / "runs" / f"tones-{folder.name}-evaluation"
-    again = train.read_json(own_folder / "evaluation-tones.json")
+    again = read_json(own_folder / "evaluation-tones.json")
     assert again["BLEU greedy"] == trained["BLEU greedy"]
     assert again["exact match %"] == trained["exact match %"]
     assert [how for how, _ in calls] == [(0.0, 1.0)] + [(0.9, 0.9)] * 3
@@ -790,10 +793,10 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
     other_settings = "--lora-r 9 --lr 0 --eval-passes 2".split()
     train.main([*command, *own_adapter, *other_settings, "--out", str(more)])
     same(adapter(more), adapter(whole))
-    more_results = train.read_json(more / "results.json")
+    more_results = read_json(more / "results.json")
     assert more_results["base"] == results["base"]
     assert more_results["trained"] == results["trained"]
-    config = train.read_json(more / "adapter" / "adapter_config.json")
+    config = read_json(more / "adapter" / "adapter_config.json")
     assert (config["r"], config["target_modules"]) == (4, PLAIN)
     ask.main([str(more), *asking])
 
@@ -826,12 +829,12 @@ def test_a_run_on_a_checkpoint_is_found_from_elsewhere(checkpoint, tmp_path, mon
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     train.main(["--eval-only", "--out", str(tmp_path / "run"), "--device", "cpu"])
-    results = train.read_json(tmp_path / "run" / "results.json")
-    again = train.read_json(tmp_path / "run" / "evaluation-tones.json")
+    results = read_json(tmp_path / "run" / "results.json")
+    again = read_json(tmp_path / "run" / "evaluation-tones.json")
     assert all(again[name] == value for name, value in results["trained"].items())
     export(tmp_path / "run", Path("whole"))  # and what it learned is all in its export
     train.main(tiny("--eval-only --init whole --out it", data=corpus))
-    exported = train.read_json(Path("it") / "evaluation-tones.json")
+    exported = read_json(Path("it") / "evaluation-tones.json")
     assert exported["BLEU greedy"] == pytest.approx(results["trained"]["BLEU greedy"])
 
 
@@ -857,8 +860,8 @@ def make_run(run, checkpoint, targets=lora.DECODER_TARGETS):
     model, _ = train.load(cfg, torch.device("cpu"), torch.float32)
     shake_lora(model, targets)
     lora.save_adapter(model, run / "adapter", targets, base=str(checkpoint))
-    train.write_json(run / "config.json", {"base": os.path.relpath(checkpoint, run)})
-    train.write_json(run / "results.json", {"config": {"data": ""}})
+    write_json(run / "config.json", {"base": os.path.relpath(checkpoint, run)})
+    write_json(run / "results.json", {"config": {"data": ""}})
     return model
 
 
@@ -931,15 +934,15 @@ def test_an_export_rounds_once(checkpoint, tmp_path):
             if tensor.is_floating_point() and "encoder" not in name:
                 tensors[name] = tensor.bfloat16()
         save_file(tensors, file)
-        stored |= {lora.our_name(name): tensor for name, tensor in tensors.items()}
+        stored |= {our_name(name): tensor for name, tensor in tensors.items()}
     make_run(tmp_path / "run", folder, ["q_proj", "up_proj"])
     export(tmp_path / "run", tmp_path / "out")
-    found = {lora.our_name(n): t for n, t in load_file(tmp_path / "out/model.safetensors").items()}
+    found = {our_name(n): t for n, t in load_file(tmp_path / "out/model.safetensors").items()}
     assert found.keys() == stored.keys()
     updates = dict.fromkeys(stored, 0)
     for adapter_folder, scale in ((folder, 3.0), (tmp_path / "run" / "adapter", 4.0)):
         tensors = load_file(adapter_folder / "adapter_model.safetensors")
-        tensors = {lora.our_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {our_name(name): tensor for name, tensor in tensors.items()}
         for name, A in tensors.items():
             if "lora_A" in name:
                 B = tensors[name.replace("lora_A", "lora_B")]
@@ -1020,8 +1023,8 @@ def test_an_export_has_a_layer_in_memory_and_not_the_file(tmp_path):
     run = tmp_path / "run"
     lora.save_adapter(model, run / "adapter", base=str(tmp_path / "ck"))
     del model
-    train.write_json(run / "config.json", {"base": "../ck"})
-    train.write_json(run / "results.json", {"config": {"data": ""}})
+    write_json(run / "config.json", {"base": "../ck"})
+    write_json(run / "results.json", {"config": {"data": ""}})
     command = [sys.executable, "-c", EXPORTING, str(run), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > size > 200e6

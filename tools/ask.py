@@ -7,14 +7,13 @@ prints the greedy answer; with --samples 8 also the prefix tree of 8 sampled one
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 import data
 import leaf
 import train
+from upkeep.errors import command
+from upkeep.machine import choose_device
 
 
 def ask(
@@ -22,7 +21,7 @@ def ask(
 ):
     """Print the answer of a finished run, and with samples the prefix tree of so many responses."""
     cfg = train.finished(run, {"device": device}, adapter)
-    torch_device, dtype = train.pick(cfg)
+    torch_device, dtype = choose_device(cfg.device, cfg.dtype)
     row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
     split = data.Split("asked", [row], cfg.cache_gb)
     model, tokenizer = train.load(cfg, torch_device, dtype, cfg.resume_adapter)
@@ -77,9 +76,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is escaped
-    try:
-        main()
-    except (data.UserError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

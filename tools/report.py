@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 from shlex import quote
@@ -24,12 +23,15 @@ from statistics import fmean
 
 import soundfile
 import torch
-from safetensors import SafetensorError
 
 import data
 import leaf
 import train
 from lora import lora_disabled, lora_parameters
+from upkeep.checkpoints import read_checkpoint, saved_steps
+from upkeep.errors import DataError, UserError, command, writing
+from upkeep.files import read_json
+from upkeep.machine import choose_device
 
 CURVES = {  # of policy.jsonl: a title, and what to look for
     "reward": ("Reward", "of the sampled answers, 0 to 1; should rise"),
@@ -58,10 +60,10 @@ COLUMNS = 300  # of a waveform
 def configuration(folder: Path, given: dict) -> train.Config:
     """That of a run, finished or not, and what was given."""
     if not (folder / "policy.jsonl").exists():
-        raise data.UserError(f"{folder} holds no run that trains yet: policy.jsonl is missing")
+        raise UserError(f"{folder} holds no run that trains yet: policy.jsonl is missing")
     if (folder / "results.json").exists():
         return train.finished(folder, given)
-    saved = train.read_json(folder / "config.json")
+    saved = read_json(folder / "config.json")
     kept = {f.name: saved[f.name] for f in fields(train.Config) if f.name in saved}
     kept["base"] = os.path.normpath(folder / saved["base"])
     return train.Config(**(kept | given))
@@ -71,18 +73,18 @@ def read_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
-        raise data.DataError(f"{path} cannot be read ({error}): restore it") from None
+        raise DataError(f"{path} cannot be read ({error}): restore it") from None
 
 
 def overview(cfg: train.Config, folder: Path) -> dict:
     """What was run, the table that train.py prints, and the curves, as far as there are any."""
-    settings = train.read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     del settings["base"]  # where it lies, and not the flag
-    base = train.read_json(folder / "base.json")
+    base = read_json(folder / "base.json")
     lines = read_lines(folder / "policy.jsonl")
     results = {}
     if (folder / "results.json").exists():
-        results = train.read_json(folder / "results.json")
+        results = read_json(folder / "results.json")
         settings |= results["config"]
     steps = len(lines)
     seconds = results.get("seconds", sum(line["seconds"] for line in lines))
@@ -148,15 +150,15 @@ def rounded(value: float) -> float:
 def load(cfg: train.Config, folder: Path):
     """The model with the run's adapter, its tokenizer, and what to call the adapter: "trained", or
     the step of the newest checkpoint; empty where there is none yet."""
-    model, tokenizer = train.load(cfg, *train.pick(cfg))
+    model, tokenizer = train.load(cfg, *choose_device(cfg.device, cfg.dtype))
     train.adapt(cfg, model)
     if (folder / "results.json").exists():
         return model, tokenizer, "trained"
-    # train.load_checkpoint would clean up, and the run may be saving at this moment.
-    checkpoints = train.saved_steps(folder / "checkpoints" / "policy")
+    # load_checkpoint would clean up, and the run may be saving at this moment.
+    checkpoints = saved_steps(folder / "checkpoints" / "policy")
     if not checkpoints:
         return model, tokenizer, ""
-    _, tensors = train.read_checkpoint(checkpoints[-1], lora_parameters(model))
+    _, tensors = read_checkpoint(checkpoints[-1], lora_parameters(model))
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(tensors[f"value.{name}"])
@@ -302,7 +304,7 @@ def report(runs: list[Path], count: int, chosen: list[int], given: dict) -> dict
         rows = test_rows(cfg, folder)
         numbers = chosen or list(range(min(count, len(rows))))
         if max(numbers) >= len(rows):
-            raise data.DataError(f"{folder} has {len(rows)} test rows, which count from 0")
+            raise DataError(f"{folder} has {len(rows)} test rows, which count from 0")
         model, tokenizer, adapter = load(cfg, folder)
         split = data.Split("chosen", [rows[i] for i in numbers], cfg.cache_gb)
         split.hear(model, tokenizer, frozen=False)  # LoRA may be on what hears
@@ -347,7 +349,7 @@ def test_rows(cfg: train.Config, folder: Path) -> list[dict]:
     asked = read_lines(folder / "predictions-base.jsonl")
     fields = ("prompt", "reference")
     if [[row[f] for f in fields] for row in rows] != [[row[f] for f in fields] for row in asked]:
-        raise data.DataError(f"{folder} was tested on other rows: name its corpus with --data")
+        raise DataError(f"{folder} was tested on other rows: name its corpus with --data")
     return rows
 
 
@@ -385,13 +387,11 @@ def main(argv=None):
     if args.data:
         given["data"] = args.data
     out = args.out or args.runs[0] / "report.html"
-    out.write_text(page(report(args.runs, args.examples, args.rows or [], given)), encoding="utf-8")
+    content = page(report(args.runs, args.examples, args.rows or [], given))
+    with writing(out):
+        out.write_text(content, encoding="utf-8")
     print(out)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.UserError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

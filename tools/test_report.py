@@ -16,6 +16,8 @@ import train
 from released.test_released import checkpoint
 from test_leaf import ROOT, base_of, first_run, read_json_lines, seeded, tiny, write_corpus
 from tools import report
+from upkeep.errors import DataError, UserError
+from upkeep.files import read_json
 
 __all__ = ["checkpoint", "first_run", "seeded"]  # fixtures
 CHROMIUM = shutil.which("chromium")
@@ -203,7 +205,7 @@ def test_runs_that_answer_alike_are_all_shown(first_run, tmp_path):
 
 def test_a_folder_that_is_no_run(first_run, tmp_path):
     for folder in (tmp_path / "nowhere", base_of(first_run)):
-        with pytest.raises(data.UserError, match="holds no run"):
+        with pytest.raises(UserError, match="holds no run"):
             make(tmp_path / "page.html", folder)
 
 
@@ -239,7 +241,7 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
         shown = [[model["shown"] for model in example["models"]] for example in (one, other)]
         assert shown[0] == shown[1]
     table = page["runs"][0]["table"]
-    base = train.read_json(run / "base.json")
+    base = read_json(run / "base.json")
     assert [line[0] for line in table] == [*base, "worst heard %"]
     assert [len(line) for line in table] == [2] * len(table)
     assert page["runs"][0]["curves"] == finished["runs"][0]["curves"]
@@ -283,7 +285,7 @@ def test_a_run_from_a_checkpoint_without_validation(checkpoint, tmp_path):
     ],
 )
 def test_bad_flags(flags, word, first_run, tmp_path, capsys):
-    with pytest.raises((SystemExit, data.UserError)) as stop:
+    with pytest.raises((SystemExit, UserError)) as stop:
         make(tmp_path / "page.html", first_run, *flags)
     assert word in capsys.readouterr().err + str(stop.value)
     assert not (tmp_path / "page.html").exists()
@@ -312,7 +314,7 @@ def pages(first_run, tmp_path_factory):
     run = folder / "own"
     train.main(tiny(data=corpus, out=run))
     (run / "results.json").unlink()
-    with pytest.raises(data.DataError, match="--data"):
+    with pytest.raises(DataError, match="--data"):
         make(folder / "own.html", run)
     own = make(folder / "own.html", run, "--data", corpus)
     assert own["examples"][0]["question"] == HOSTILE == own["examples"][0]["reference"]

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import train
-from data import UserError
 from test_leaf import ROOT, first_run, read_json_lines, seeded, write_corpus
 from tools import ask
+from upkeep.errors import DataError, UserError
+from upkeep.tensors import transformers_name
 
 __all__ = ["first_run", "seeded"]  # fixtures
 
@@ -29,7 +30,7 @@ def test_ask_answers_and_draws_the_tree(first_run, capsys):
     tree = capsys.readouterr().out
     assert tree.startswith(answer) and "root  n=4  V=" in tree and "boundaries [" in tree
     assert sum("response" in line and "r=" in line for line in tree.splitlines()) == 4
-    with pytest.raises(data.DataError, match="missing.wav"):
+    with pytest.raises(DataError, match="missing.wav"):
         ask.main([str(first_run), "missing.wav", "What?", "--device", "cpu"])
 
 
@@ -66,7 +67,7 @@ def test_the_answer_is_the_trained_models(first_run, tmp_path, monkeypatch, caps
     ask.main([str(run), str(first_run / "example.wav"), question, "--device", "cpu", "--best"])
     best = load_file(file)
     for name, parameter in lora.lora_parameters(seen[1]).items():
-        key = f"base_model.model.{lora.transformers_name(name)}.weight"
+        key = f"base_model.model.{transformers_name(name)}.weight"
         assert torch.equal(parameter, best[key])
     corpus = write_corpus(tmp_path / "tones")
     ask.main([str(first_run), str(corpus / "test0.wav"), "Which tone?", "--device", "cpu"])

@@ -1,0 +1,73 @@
+"""What the user can mend, told in one line: whatever goes wrong while a file is read or written, and
+how a program ends with it."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import soundfile
+from safetensors import SafetensorError
+
+
+class UserError(ValueError):
+    """Something the user can mend: `command` prints it as one line and exits with code 2."""
+
+
+class DataError(UserError):
+    """Bad input; the message names the file, the line and the reason."""
+
+
+@contextlib.contextmanager
+def reading(file, expected: str):
+    """Around what reads a file that somebody else made: whatever that raises becomes a DataError of
+    one line, with the file's name and what was expected."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # each library has its own; a panic of Rust is no Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{file} cannot be read as {expected} ({reason[:300]}); restore it, or get another"
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """One line with the path from whatever goes wrong while it is written: no room, for one."""
+    try:
+        yield
+    except (OSError, SafetensorError, soundfile.SoundFileError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path} cannot be written ({reason}); when it can, the same command goes on"
+        ) from None
+
+
+def command(main):
+    """Run a program from the command line: an error that the user can mend is one line on stderr
+    and exit code 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+    # A log file shows each line as it comes, and what a terminal cannot show is escaped.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # is it stdout that nobody reads?
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        raise
+    except KeyboardInterrupt:
+        print(
+            "interrupted where there was nothing to save; the same command goes on", file=sys.stderr
+        )
+        sys.exit(130)

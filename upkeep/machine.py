@@ -1,0 +1,84 @@
+"""The machine: the device to run on, and the memory that was used."""
+
+import math
+import shutil
+import sys
+
+import torch
+
+from upkeep.errors import UserError
+from upkeep.processes import local_rank
+
+try:
+    import resource  # memory used, on systems that have it
+except ImportError:
+    resource = None
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device of a name, "auto" included, and the dtype of the policy on it. Raises UserError
+    where it cannot be used."""
+    number = local_rank()
+    best = "cpu"
+    if torch.cuda.is_available():
+        best = "cuda"
+    elif torch.backends.mps.is_available():
+        best = "mps"
+    elif device != "cpu" and number == 0:
+        tell_why_no_gpu()
+    if device not in ("auto", "cpu", best):
+        raise UserError(f"--device {device}: this torch sees no such device here")
+    kind = best if device == "auto" else device
+    chosen = torch.device(kind)
+    if kind == "cuda":
+        chosen = torch.device(kind, number)  # by number, or every process would take the first
+        use_card(chosen)
+    if dtype == "auto":
+        # A card without bfloat16 emulates it, more slowly than it computes in float32.
+        has_bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
+    return chosen, getattr(torch, dtype)
+
+
+def use_card(device: torch.device):
+    """Make a GPU the current one, and see that it runs something."""
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise UserError(
+            f"process {device.index} of this machine has no GPU of its own: there are {count}; "
+            f"start torchrun with --nproc_per_node={count}, or use --device cpu"
+        )
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) cannot run "
+            f"this PyTorch {torch.__version__}: {reason}. Install a build for the card from "
+            "pytorch.org, choose another card with CUDA_VISIBLE_DEVICES, or use --device cpu"
+        ) from None
+
+
+def tell_why_no_gpu():
+    """Say why PyTorch does not see the card of a machine that has one, before hours on the CPU."""
+    if not shutil.which("nvidia-smi"):
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the driver's fault, or a build without CUDA
+        reason = str(error).splitlines()[0]
+        print(
+            f"note: there is an NVIDIA driver, but this is for the CPU, since to PyTorch {reason!r}"
+        )
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU, or of this process; nan where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,52 @@
+"""Processes, as torchrun starts them: rank r of N takes prompts r, r + N, ... of each update.
+
+LoRA's gradients, whose mean is all that travels, are small.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from upkeep.errors import UserError
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this is, and so which GPU is its own; alone: 0."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [os.environ.get(name) for name in names]
+    if given[:2] == [None, None]:
+        return 0
+    if not all(value and value.isdecimal() for value in given) or int(given[0]) >= int(given[1]):
+        told = ", ".join(f"{name}={value}" for name, value in zip(names, given))
+        raise UserError(f"{told}: torchrun sets all three to numbers; start with it, or unset them")
+    return int(given[2])
+
+
+def join_processes(device: torch.device):
+    """Join those that torchrun started beside this one, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        on_gpus = device.type == "cuda"
+        # No early time-out: the others wait while the first trains a base, or evaluates.
+        dist.init_process_group(
+            "nccl" if on_gpus else "gloo",
+            timeout=datetime.timedelta(days=1),
+            device_id=device if on_gpus else None,
+        )
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(tensors):
+    """In place, the mean over the processes."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= world()
