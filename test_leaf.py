@@ -53,7 +53,7 @@ import data
 import leaf
 import lora
 import train
-from corpora import synthetic
+from corpora import load, synthetic
 from data import AUDIO
 from model import (
     DecodingCache,
@@ -1870,7 +1870,7 @@ def test_any_audio_becomes_16_khz_mono(kind, rate, tmp_path):
     for channels in (1, 2):
         write_tone(tmp_path / f"tone.{kind}", 1.3, rate, channels)
         line = json.dumps({"audio": f"tone.{kind}", "prompt": AUDIO + "?", "reference": "a"})
-        audio = data.load_audio(data.parse_row(line.encode(), tmp_path), 30)
+        audio = load.parse_row(line.encode(), tmp_path)["audio"].samples(30)
         assert audio.dtype == torch.float32 and audio.ndim == 1
         assert len(audio) == pytest.approx(1.3 * 16000, abs=1 if kind in ("wav", "flac") else 1200)
         spectrum = torch.fft.rfft(audio[4000:12000]).abs() / 4000  # 2 Hz a bin
@@ -1879,7 +1879,7 @@ def test_any_audio_becomes_16_khz_mono(kind, rate, tmp_path):
     for samples in (np.zeros(399), np.full(1000, np.nan), np.zeros(0)):
         soundfile.write(tmp_path / "bad.wav", samples, 16000, subtype="FLOAT")
         with pytest.raises(DataError, match="bad.wav"):
-            data.load_audio({"audio": str(tmp_path / "bad.wav")})
+            load.Recording(tmp_path / "bad.wav").samples()
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000, 96000])
@@ -1887,14 +1887,14 @@ def test_any_audio_becomes_16_khz_mono(kind, rate, tmp_path):
 def test_resampling_is_torchaudios(rate, length):
     functional = pytest.importorskip("torchaudio.functional")
     audio = rand(length) * 2 - 1
-    near(data.resample(audio, rate), functional.resample(audio, rate, 16000), atol=1e-3, rtol=0)
+    near(load.resample(audio, rate), functional.resample(audio, rate, 16000), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("rate", [15999, 44101, 999983])
 def test_a_rate_without_a_common_factor(rate):
     """Nothing repeats within a second: torchaudio would need gigabytes."""
     audio = torch.sin(2 * math.pi * 440 * torch.arange(rate // 2) / rate)
-    got = data.resample(audio, rate)
+    got = load.resample(audio, rate)
     want = torch.sin(2 * math.pi * 440 * torch.arange(len(got)) / 16000)
     assert len(got) == math.ceil(len(audio) * 16000 / rate)
     near(got[100:-100], want[100:-100], atol=2e-3, rtol=0)
@@ -1989,8 +1989,8 @@ def corpus_with(folder, name, **fields):
 def test_what_passes_the_check_loads(name, tmp_path):
     file = "odd." + ("raw" if name == "raw" else "sound")
     USABLE[name](tmp_path / file)
-    rows = data.load_corpus(corpus_with(tmp_path, file), 3, splits=("test",))["test"]
-    audio = data.load_audio(rows[1])
+    rows = load.load_corpus(corpus_with(tmp_path, file), 3, splits=("test",))["test"]
+    audio = rows[1]["audio"].samples()
     assert len(audio) == pytest.approx(32000, abs=2304)  # two frames of an MP3 at 32 kHz
     power = torch.fft.rfft(audio[8000:24000]).abs()  # 1 Hz a bin
     assert power.argmax() == 300 and data.log_mel(audio).isfinite().all()
@@ -2003,8 +2003,8 @@ def test_what_does_not_load_is_refused_by_line(name, tmp_path, capsys):
     write(tmp_path / file)
     corpus = corpus_with(tmp_path, file)
     with pytest.raises(DataError, match=rf"1 bad rows\n.*test.jsonl, line 2: .*{file}.*{reason}"):
-        data.load_corpus(corpus, 3, splits=("test",))
-    assert len(data.load_corpus(corpus, 3, True, ("test",))["test"]) == 2
+        load.load_corpus(corpus, 3, splits=("test",))
+    assert len(load.load_corpus(corpus, 3, True, ("test",))["test"]) == 2
     assert "skipping 1 bad rows" in capsys.readouterr().out
 
 
@@ -2022,7 +2022,7 @@ def test_a_manifest_of_another_kind_is_told_once(kind, content, tmp_path):
     lines = (corpus_with(tmp_path, "good.wav") / "test.jsonl").read_bytes().splitlines()
     (tmp_path / "test.jsonl").write_bytes(content(lines))
     with pytest.raises(DataError, match=f"test.jsonl is {kind}.*; it must be") as error:
-        data.load_corpus(tmp_path, 3, splits=("test",))
+        load.load_corpus(tmp_path, 3, splits=("test",))
     assert "\n" not in str(error.value)
 
 
@@ -2037,40 +2037,40 @@ def test_what_was_checked_is_remembered(tmp_path, monkeypatch):
     for i in (7, 100):
         (tmp_path / f"{i}.wav").write_bytes(cut((tmp_path / f"{i}.wav").read_bytes()))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    load = partial(data.load_corpus, tmp_path, splits=("test",), checked=tmp_path / "of" / "file")
+    check = partial(load.load_corpus, tmp_path, splits=("test",), checked=tmp_path / "of" / "file")
     torch.manual_seed(0)
     words = "(?s)2 bad rows.*line 8: .*cut short.*line 101: .*cut short"
     with pytest.raises(DataError, match=words):
-        load(3)
+        check(3)
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))  # the check draws no random number of the run's
     decoded = []
 
-    def decode(file, max_seconds, original=data.decode):
+    def decode(file, max_seconds, original=load.decode):
         decoded.append(Path(file).name)
         return original(file, max_seconds)
 
-    monkeypatch.setattr(data, "decode", decode)
-    monkeypatch.setattr(data, "DataLoader", lambda *a, num_workers, **k: DataLoader(*a, **k))
+    monkeypatch.setattr(load, "decode", decode)
+    monkeypatch.setattr(load, "DataLoader", lambda *a, num_workers, **k: DataLoader(*a, **k))
     with pytest.raises(DataError, match=words):
-        load(3)
-    assert len(load(3, skip_bad_rows=True)["test"]) == 128 and decoded == []
+        check(3)
+    assert len(check(3, skip_bad_rows=True)["test"]) == 128 and decoded == []
     write_tone(tmp_path / "7.wav", 0.1, 16000)
-    assert len(load(3, skip_bad_rows=True)["test"]) == 129 and "7.wav" in decoded
+    assert len(check(3, skip_bad_rows=True)["test"]) == 129 and "7.wav" in decoded
     decoded.clear()
     with pytest.raises(DataError, match="130 bad rows"):
-        load(0.01)
+        check(0.01)
     assert len(decoded) == 130
     (tmp_path / "of" / "file").write_text('{"cut sh')
-    assert len(load(3, skip_bad_rows=True)["test"]) == 129
+    assert len(check(3, skip_bad_rows=True)["test"]) == 129
 
 
 def test_rows_are_told_apart_by_place_and_content(tmp_path):
     """A replaced recording of the same length is another corpus; a folder that moved is not."""
 
     def fingerprint(folder):
-        return data.fingerprint(data.load_corpus(folder, 30)["train"], folder)
+        return load.fingerprint(load.load_corpus(folder, 30)["train"], folder)
 
     corpus = write_corpus(tmp_path / "one", rows=3)
     before = fingerprint(corpus)
@@ -2098,13 +2098,13 @@ def test_a_file_is_known_by_both_its_ends(tmp_path):
         if changed is not None:
             content[changed] ^= 1
         (tmp_path / "file").write_bytes(content)
-        seen.add(data.ends(tmp_path / "file", 100))
+        seen.add(load.ends(tmp_path / "file", 100))
     assert len(seen) == 5
     (tmp_path / "file").write_bytes(content[:150])  # whole where it is small
-    known = data.ends(tmp_path / "file", 100)
+    known = load.ends(tmp_path / "file", 100)
     content[120] ^= 1
     (tmp_path / "file").write_bytes(content[:150])
-    assert data.ends(tmp_path / "file", 100) != known
+    assert load.ends(tmp_path / "file", 100) != known
 
 
 def bad_lines(folder, row):
@@ -2165,31 +2165,31 @@ def test_corpora_are_checked(tmp_path, capsys):
     for file in files.values():
         file.write_bytes(good)
     want = {**row, "audio": str(tmp_path / "a b.wav")}
-    assert data.load_corpus(tmp_path, 2) == {split: [want, want] for split in files}
+    assert load.load_corpus(tmp_path, 2) == {split: [want, want] for split in files}
     by_field = {**row, "slots": {"what": "ja"}}
-    assert data.parse_row(json.dumps(by_field).encode(), tmp_path)["slots"] == {"what": "ja"}
+    assert load.parse_row(json.dumps(by_field).encode(), tmp_path)["slots"] == {"what": "ja"}
     for file in files.values():  # missing, or empty; test never stands in for validation
         for change in (lambda path: path.unlink(), lambda path: path.write_text("")):
             change(file)
             with pytest.raises(DataError, match=file.name):
-                data.load_corpus(tmp_path, 2)
+                load.load_corpus(tmp_path, 2)
         file.write_bytes(good)
     for reason, line in lines.items():
         files["validation"].write_bytes(good + line + b"\n" + good)
         words = rf"(?s)\b1 bad row.*validation\.jsonl, line 3: .*{reason}"
         with pytest.raises(DataError, match=words):
-            data.load_corpus(tmp_path, 2)
-        kept = data.load_corpus(tmp_path, 2, skip_bad_rows=True)
+            load.load_corpus(tmp_path, 2)
+        kept = load.load_corpus(tmp_path, 2, skip_bad_rows=True)
         assert [len(rows) for rows in kept.values()] == [2, 4, 2]
         assert "1 bad row" in capsys.readouterr().out
     files["train"].write_bytes(b"\n".join(lines.values()))  # and nothing left to go on with
     words = rf"{len(lines) + 1} bad rows(.*\n)+.*--skip-bad-rows"
     with pytest.raises(DataError, match=words) as error:
-        data.load_corpus(tmp_path, 2)
+        load.load_corpus(tmp_path, 2)
     assert all(f"train.jsonl, line {n}:" in str(error.value) for n in (1, 2, 3))
     assert len(str(error.value)) < 2000
     with pytest.raises(DataError, match="train.jsonl"):
-        data.load_corpus(tmp_path, 2, skip_bad_rows=True)
+        load.load_corpus(tmp_path, 2, skip_bad_rows=True)
 
 
 def test_tokenizer_and_alphabet(tmp_path):
@@ -2253,6 +2253,12 @@ def test_cache_does_not_depend_on_the_order_of_questions(budget, batches, kept):
     assert calls[:batches] == together[:batches]
     assert {len(call) for call in calls[batches:]} <= {1}
     assert len(cache.kept) == kept and sum(tensor.nbytes for tensor in cache.kept) <= budget
+
+
+def test_a_path_is_no_recording():
+    with pytest.raises(UserError, match=r"^'clip.wav' has no samples\(\).*Recording") as error:
+        data.Split("one", [{"audio": "clip.wav"}], 1.0)
+    assert "\n" not in str(error.value)
 
 
 def test_audio_is_encoded_once(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from tqdm import tqdm
 import data
 import leaf
 from corpora import synthetic
+from corpora.load import fingerprint, load_corpus
 from lora import (
     DECODER_TARGETS,
     apply_lora,
@@ -315,7 +316,7 @@ def seed_dropout(seed: int, step: int):
 def make_base(cfg: Config, train: data.Split, folder: Path, device):
     """Train the base unless it is there; waits where another run is training the same one."""
     settings = {name: getattr(cfg, name) for name in Config.BASE}
-    settings["rows"] = data.fingerprint(train.rows, cfg.data)
+    settings["rows"] = fingerprint(train.rows, cfg.data)
     if not folder.exists():
         work = folder.with_name(folder.name + "-training")  # renamed when it is complete
         with lock(work, wait=True):
@@ -418,7 +419,7 @@ def load_rows(cfg: Config, splits=("train", "validation", "test")) -> dict[str, 
     if not cfg.data:
         return synthetic.rows(cfg.task, sizes, cfg.base_seed)
     checked = cfg.run_folder.parent / "checked.json"  # beside the base: serves every run there
-    corpus = data.load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows, splits, checked)
+    corpus = load_corpus(cfg.data, cfg.max_audio_seconds, cfg.skip_bad_rows, splits, checked)
     return {name: rows if name == "train" else rows[: sizes[name]] for name, rows in corpus.items()}
 
 
@@ -720,7 +721,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     base_folder = cfg.base_folder
     settings = {name: value for name, value in asdict(cfg).items() if name not in Config.FREE}
     settings["base"] = os.path.relpath(base_folder, folder)
-    settings["rows"] = data.fingerprint(sum(corpus.values(), []), cfg.data)
+    settings["rows"] = fingerprint(sum(corpus.values(), []), cfg.data)
     if rank() == 0:
         check_same(folder, settings, "config.json")
     title = f"test split, {len(corpus['test'])} rows"
@@ -737,7 +738,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in wanted.items()}
     chosen_by_hand = cfg.base and base_folder.exists()  # taken as it is
     if chosen_by_hand:
-        rows = data.fingerprint(corpus["train"], cfg.data)
+        rows = fingerprint(corpus["train"], cfg.data)
         if read_json(base_folder / "base.json").get("rows") != rows:
             print(
                 f"note: {base_folder} was trained on other rows, perhaps on some of this test split"
@@ -802,7 +803,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     if not isinstance(recording, str):  # synthesised: leave one recording behind to ask about
         recording = folder / "example.wav"
         with writing(recording):
-            soundfile.write(recording, data.load_audio(example).numpy(), data.SAMPLE_RATE)
+            soundfile.write(recording, example["audio"].samples().numpy(), data.SAMPLE_RATE)
     question = quote(example["prompt"].replace(data.AUDIO, ""))
     command = f"python -m tools.ask {quote(str(folder))} {quote(str(recording))} {question}"
     print(f"""

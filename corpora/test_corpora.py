@@ -22,6 +22,7 @@ from corpora import (
     covost2,
     librispeech,
     librisqa,
+    load,
     longaudio,
     new_corpus,
     synthetic,
@@ -229,7 +230,7 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
     speech = tmp_path / "LibriSpeech"
     test = ["--test", "test-clean", "test-other", "--out"]
     run_script(librispeech, "--librispeech", speech, *test, tmp_path / "made")
-    rows = data.load_corpus(tmp_path / "made", 1)
+    rows = load.load_corpus(tmp_path / "made", 1)
     for split, *subsets in (
         ("train", "train-clean-100"),
         ("validation", "dev-clean"),
@@ -284,7 +285,7 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
         (1, r"words is not Unicode, e\.g\. 63-1\.trans\.txt, line 5"),
     ):
         assert re.search(rf"^left out: {count} rows, {reason}$", printed, re.M), printed
-    left = data.load_corpus(tmp_path / "odd", 1)
+    left = load.load_corpus(tmp_path / "odd", 1)
     assert left["train"] == rows["train"] and left["validation"] == rows["validation"]
     assert sum(row["group"] == "test-clean" for row in left["test"]) == 3
     spoken = speech / "dev-clean/62/0/62-0.trans.txt"
@@ -299,7 +300,7 @@ def test_librispeech_corpus(tmp_path, capsys, monkeypatch):
         run_script(
             librispeech, "--librispeech", speech, "--validation", "test-other", "--out", "head"
         )
-    assert [len(part) for part in data.load_corpus(tmp_path / "head", 1).values()] == [9, 3, 3]
+    assert [len(part) for part in load.load_corpus(tmp_path / "head", 1).values()] == [9, 3, 3]
     spoken.unlink()
     refused(capsys, librispeech, "dev-clean: expected SPEAKER/CHAPTER/", *test)
     with pytest.raises(TypeError):
@@ -339,7 +340,7 @@ def test_librispeech_download(tmp_path, monkeypatch, capsys):
     )  # either folder means the same
     subsets = ("train-clean-100", "dev-clean", "test-clean")
     assert asked == 2 * [(str(tmp_path / "data"), subset, True) for subset in subsets]
-    assert [len(part) for part in data.load_corpus(tmp_path / "made", 1).values()] == [1, 1, 1]
+    assert [len(part) for part in load.load_corpus(tmp_path / "made", 1).values()] == [1, 1, 1]
     monkeypatch.setitem(sys.modules, "torchaudio.datasets", None)  # makes its import fail
     options += [tmp_path / "data", "--out", tmp_path / "new"]
     refused(capsys, librispeech, "fix: pip install", *options)
@@ -371,7 +372,7 @@ def test_librisqa_corpus(tmp_path, capsys):
         write(name, items[name])
     options = ["--librispeech", tmp_path, "--librisqa", tmp_path / "LibriSQA", "--out"]
     run_script(librisqa, *options, tmp_path / "made")
-    rows = data.load_corpus(tmp_path / "made", 1)
+    rows = load.load_corpus(tmp_path / "made", 1)
     numbers = {
         split: [int(row["reference"].split()[1]) for row in part] for split, part in rows.items()
     }
@@ -428,7 +429,7 @@ def test_librisqa_corpus(tmp_path, capsys):
             printed
         )
     left = [row for row in rows["train"] if row["reference"].split()[1] in ("2", "0", "3")]
-    assert data.load_corpus(tmp_path / "new", 1) == {**rows, "train": left}
+    assert load.load_corpus(tmp_path / "new", 1) == {**rows, "train": left}
     for why, changed in (
         (r"test\.json: expected a list, found \{'speech_path'", items["test"][0]),
         ("no row is left for the test split", []),
@@ -484,7 +485,7 @@ def test_covost2_corpus(tmp_path, capsys):
     assert "2 rows, recording missing or empty in clips, e.g. gone.mp3; empty.mp3\n" in printed
     assert "1 rows, no translation, e.g. mute.mp3\n" in printed
     assert printed.isascii()  # whatever the terminal can show
-    rows = data.load_corpus(tmp_path / "made", 1)
+    rows = load.load_corpus(tmp_path / "made", 1)
     for split, part in rows.items():
         assert {(row["audio"], row["transcript"], row["reference"]) for row in part} == want[split]
         assert len(part) == len(want[split])
@@ -541,7 +542,7 @@ def test_covost2_corpus(tmp_path, capsys):
     )
     assert "left out: 1 rows, sentence is not Unicode, e.g. byte.mp3" in printed
     assert "left out: 1 rows, translation is not Unicode, e.g. en_00.mp3" in printed
-    left = data.load_corpus(tmp_path / "new", 1)
+    left = load.load_corpus(tmp_path / "new", 1)
     assert left["test"] == rows["test"] and left["validation"] == rows["validation"]
     assert left["train"] != rows["train"]
     assert len(left["train"]) == len(rows["train"]) - 1
@@ -630,7 +631,7 @@ def test_longaudio_corpus(tmp_path, capsys):
         "left out: 2 rows, other fields than the header's 5, e.g. asr_en.tsv.gz, line 4" in printed
     )
     assert printed.count("left out") == 1
-    rows = data.load_corpus(tmp_path / "made", 40)
+    rows = load.load_corpus(tmp_path / "made", 40)
     groups = {"DailyTalk": "dailytalk", "Europarl": "europarl-st", "VoxPopuli": "voxpopuli"}
     for split, part in rows.items():
         found = {(row["group"], row["prompt"]): row for row in part}
@@ -655,7 +656,7 @@ def test_longaudio_corpus(tmp_path, capsys):
             tmp_path / name,
         )
     assert contents(tmp_path / "one" / "audio") == contents(tmp_path / "again" / "audio")
-    one = data.load_corpus(tmp_path / "one", 40)
+    one = load.load_corpus(tmp_path / "one", 40)
     assert not any("group" in row for row in one["train"])
 
 
@@ -748,7 +749,7 @@ def test_longaudio_odd_rows(tmp_path, capsys):
     assert {reason: int(count) for count, reason in found} == counts
     assert re.search(r"recording missing, e\.g\. DailyTalk\S+, item 41: \S+/data/7; Euro", printed)
     assert re.search(r"; Europarl\S+, item 58: \S+/en/audios/gone\.flac\n", printed), printed
-    assert sum(map(len, data.load_corpus(tmp_path / "made", 40).values())) == 120
+    assert sum(map(len, load.load_corpus(tmp_path / "made", 40).values())) == 120
 
     options[-1] = tmp_path / "new"
     refused(capsys, longaudio, "one or more of --dailytalk, --europarl-st, --voxp", *options)
@@ -827,7 +828,7 @@ def test_synthetic_corpus(task):
 def test_synthesize(phones):
     """16 kHz, audible, finite; the seed decides everything, nothing outside does; voices and
     phones differ."""
-    audio = data.load_audio({"audio": synthetic.Speech(phones, 7)})
+    audio = synthetic.Speech(phones, 7).samples()
     state = torch.random.get_rng_state()
     np.random.seed(1)
     same((audio, state), (synthetic.synthesize(phones, 7), torch.random.get_rng_state()))

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import data
 import train
+from corpora.load import ends
 from experiments.common import RESULTS, command_line, environment, interval, rounded, table
 from upkeep.errors import UserError, command
 from upkeep.files import check_same, lock, read_json, write_file, write_json
@@ -84,7 +85,7 @@ def splits_of(cfg: train.Config, model, tokenizer) -> dict[str, data.Split]:
 
 def described(cfg: train.Config, **more) -> dict:
     """What a result says besides its scores."""
-    _, weights = data.ends(cfg.base_folder / "model.safetensors")
+    _, weights = ends(cfg.base_folder / "model.safetensors")
     about = {"task": cfg.task, "base": cfg.base_seed, "weights": weights[:16]}
     return about | more | {"environment": environment()}
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import train
+from corpora import load
 from data import AUDIO
 from model import SpeechConfig, SpeechLM
 from released import ChatTokenizer, load_model
@@ -743,7 +744,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
 
     # What was answered is what the model says, with the adapter on the right base.
     cfg = train.Config(init=str(folder), system_prompt="Hm.", max_new_tokens=8)
-    test = data.Split("test", data.load_corpus(corpus, 30.0, False, ("test",))["test"][:6], 1.0)
+    test = data.Split("test", load.load_corpus(corpus, 30.0, False, ("test",))["test"][:6], 1.0)
     asking = [str(corpus / "test0.wav"), "Which tone?", "--device", "cpu"]
     for adapter_folder, file in (("", "base"), (whole / "adapter", "trained")):
         model, tokenizer = train.load(cfg, torch.device("cpu"), torch.float32, adapter_folder)

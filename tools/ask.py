@@ -12,6 +12,7 @@ from pathlib import Path
 import data
 import leaf
 import train
+from corpora.load import Recording
 from upkeep.errors import command
 from upkeep.machine import choose_device
 
@@ -22,7 +23,7 @@ def ask(
     """Print the answer of a finished run, and with samples the prefix tree of so many responses."""
     cfg = train.finished(run, {"device": device}, adapter)
     torch_device, dtype = choose_device(cfg.device, cfg.dtype)
-    row = {"audio": audio, "prompt": data.AUDIO + question, "reference": reference}
+    row = {"audio": Recording(audio), "prompt": data.AUDIO + question, "reference": reference}
     split = data.Split("asked", [row], cfg.cache_gb)
     model, tokenizer = train.load(cfg, torch_device, dtype, cfg.resume_adapter)
     split.hear(model, tokenizer)

@@ -27,6 +27,7 @@ import torch
 import data
 import leaf
 import train
+from corpora.load import fingerprint
 from lora import lora_disabled, lora_parameters
 from upkeep.checkpoints import read_checkpoint, saved_steps
 from upkeep.errors import DataError, UserError, command, writing
@@ -277,7 +278,7 @@ def marked(answer: str, reference: str) -> list[tuple[str, str]]:
 
 def recording(row: dict) -> dict:
     """To hear, as 16-bit WAV in base64, and to see: the largest amplitude of each of COLUMNS parts."""
-    audio = data.load_audio(row)
+    audio = row["audio"].samples()
     file = io.BytesIO()
     soundfile.write(file, audio.numpy(), data.SAMPLE_RATE, format="WAV")
     parts = torch.tensor_split(audio.abs(), COLUMNS)
@@ -317,7 +318,7 @@ def report(runs: list[Path], count: int, chosen: list[int], given: dict) -> dict
         size = sum(p.numel() for p in model.parameters()) - own
         run["facts"]["model"] = f"{size:,} parameters, frozen, and {own:,} of LoRA, trained"
         described.append({"name": name, "rows": len(rows), **run})
-        corpus = data.fingerprint(rows, cfg.data)
+        corpus = fingerprint(rows, cfg.data)
         for p, i in enumerate(numbers):
             if (corpus, i) not in examples:
                 examples[corpus, i] = {
