@@ -136,39 +136,6 @@ class SpeechConfig:
             raise ValueError(f"{', '.join(wrong)}: at odds with the other fields")
         return whole
 
-    @classmethod
-    def compact(cls, vocab_size: int, ctc_size: int, audio_token_index: int) -> "SpeechConfig":
-        """About 1.8 million parameters: trained from scratch in minutes on two CPU cores."""
-        encoder = EncoderConfig(
-            num_layers=4,
-            hidden_dim=96,
-            num_heads=4,
-            dim_head=24,
-            output_dim=ctc_size,
-            context_size=50,
-            max_pos_emb=50,
-            dropout=0.0,
-        )
-        projector = ProjectorConfig(
-            hidden_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            intermediate_size=192,
-            encoder_hidden_size=96,
-        )
-        text = TextConfig(
-            vocab_size=vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            embedding_multiplier=12.0,
-            attention_multiplier=1 / 32**0.5,
-            residual_multiplier=0.5,
-        )
-        return cls(encoder, projector, text, audio_token_index=audio_token_index)
-
 
 # Other fields that shape a model, and what they may say: nothing else is implemented.
 IMPLEMENTED = {
@@ -792,27 +759,6 @@ class SpeechLM(nn.Module):
     @property
     def dtype(self):
         return self.language_model.model.embed_tokens.weight.dtype
-
-    def init_weights(self, seed: int):
-        """For a model to be trained from scratch: weights of variance 1 / fan_in, biases 0."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
-                fan_in = module.weight[0].numel()
-                module.weight.data.normal_(0, fan_in**-0.5, generator=generator)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.data.zero_()
-        self.projector.query.data.normal_(0, 1, generator=generator)
-        # What a Conformer block adds begins small: otherwise some seeds learn to spell much later.
-        for block in self.encoder.layers:
-            for last in (
-                block.ff1.down_proj,
-                block.attn.to_out,
-                block.conv.down_conv,
-                block.ff2.down_proj,
-            ):
-                last.weight.data *= 0.1
-        return self
 
     # ---- audio and prompts
 

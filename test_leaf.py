@@ -69,6 +69,7 @@ from model import (
     draw_token,
     pad_ragged,
 )
+from pretrain import init_weights
 from upkeep import checkpoints
 from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
 from upkeep.errors import DataError, UserError
@@ -650,7 +651,7 @@ def odd_config(seed):
 
 def make_model(seed=2, scale=0.3):
     """Nothing of it at its initial value; scale: how far from uniform its distributions are."""
-    return shake(SpeechLM(odd_config(seed)).init_weights(0), scale)
+    return shake(init_weights(SpeechLM(odd_config(seed)), 0), scale)
 
 
 def make_transformers(seed, folder, max_shard_size="1GB"):

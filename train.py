@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import leaf
+import pretrain
 from corpora import synthetic
 from corpora.load import fingerprint, load_corpus
 from lora import (
@@ -46,9 +46,9 @@ from lora import (
     lora_parameters,
     save_adapter,
 )
-from model import SpeechConfig, SpeechLM, pad_ragged, to_device
+from model import SpeechLM, to_device
 from upkeep.errors import UserError, command, reading, writing
-from upkeep.files import check_same, lock, read_json, sync, write_file, write_json
+from upkeep.files import check_same, lock, read_json, write_json
 from upkeep.flags import check_numbers, flag, make_parser
 from upkeep.log import Log, best_validation
 from upkeep.machine import choose_device, peak_memory
@@ -135,8 +135,8 @@ class Config:
         return Path(self.init or self.base or beside_the_run)
 
 
-# What a random stream is for: the second number of its seed.
-CTC_ORDER, SFT_ORDER, EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(1, 8)
+# What a random stream is for: the second number of its seed; pretrain has 1 and 2.
+EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(3, 8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,108 +309,7 @@ def seed_dropout(seed: int, step: int):
 
 
 # --------------------------------------------------------------------------------------------------
-# The base model, made as Granite Speech was: CTC on the encoder; freeze it; next-token on projector
-# and decoder
-
-
-def make_base(cfg: Config, train: data.Split, folder: Path, device):
-    """Train the base unless it is there; waits where another run is training the same one."""
-    settings = {name: getattr(cfg, name) for name in Config.BASE}
-    settings["rows"] = fingerprint(train.rows, cfg.data)
-    if not folder.exists():
-        work = folder.with_name(folder.name + "-training")  # renamed when it is complete
-        with lock(work, wait=True):
-            if not folder.exists():
-                check_same(work, settings, "base.json")
-                train_base(cfg, train, work, device)
-                with writing(folder):
-                    os.rename(work, folder)
-                    shutil.rmtree(folder / "checkpoints")
-    check_same(folder, settings, "base.json")
-
-
-def train_base(cfg: Config, train: data.Split, work: Path, device):
-    """Train the compact model from scratch; saves a folder that SpeechLM.from_pretrained reads."""
-    write_file(work / "tokenizer.model", data.Tokenizer.train(train.rows))
-    tokenizer = data.Tokenizer(work / "tokenizer.model")
-    alphabet = data.Alphabet.of(train.rows)
-    config = SpeechConfig.compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
-    model = SpeechLM(config).init_weights(cfg.base_seed).to(device)
-    print(f"training a base model of {sum(p.numel() for p in model.parameters()):,} parameters")
-
-    transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
-    has_transcripts = any(transcripts)
-    if has_transcripts:
-        train_ctc(cfg, model, train, transcripts, work)
-    else:
-        print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
-    train_sft(cfg, model, tokenizer, train, work, freeze_encoder=has_transcripts)
-    with writing(work):
-        model.save(work)
-        sync(work / "model.safetensors")
-
-
-def train_ctc(cfg: Config, model: SpeechLM, train: data.Split, transcripts, folder: Path):
-    """The encoder learns to spell. The loss is the mean of the last and the middle CTC head's, per
-    character; transcripts: a list of classes for each row, empty where there is none."""
-    spoken = [i for i, transcript in enumerate(transcripts) if transcript]
-    encoder = model.encoder.train()
-    updater = Updater(encoder.parameters(), cfg.grad_clip, encoder.buffers())
-    state = encoder.state_dict(keep_vars=True)
-    with Log("ctc", folder, cfg.ctc_steps, state, updater.adam, cfg.save_every) as log:
-        for step in range(log.start, cfg.ctc_steps):
-            start = step * cfg.base_batch
-            order = data.order(len(spoken), [cfg.base_seed, CTC_ORDER], start, cfg.base_batch)
-            rows = [spoken[i] for i in order]
-            updater.zero_grad()
-            mel, lengths = pad_ragged(train.mels(rows), model.device)  # (B, T, 160), (B,)
-            frames, middle_logits = encoder(mel, lengths)
-            labels = torch.cat([torch.tensor(transcripts[i]) for i in rows]).to(model.device)
-            label_lengths = torch.tensor([len(transcripts[i]) for i in rows])
-            loss = 0
-            for logits in (encoder.out(frames), middle_logits):  # (B, T, classes)
-                logp = logits.float().log_softmax(-1).transpose(0, 1)
-                loss += 0.5 * F.ctc_loss(
-                    logp, labels, lengths.cpu(), label_lengths, zero_infinity=True
-                )
-            loss.backward()
-            lr = learning_rate(cfg.base_lr, cfg.warmup, (step + 1) / cfg.ctc_steps)
-            grad_norm = updater.step(lr)
-            log.record(step, {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr})
-    encoder.eval()
-
-
-def train_sft(cfg: Config, model: SpeechLM, tokenizer, train, folder: Path, freeze_encoder: bool):
-    """Projector and decoder learn the targets, token by token, from encoder frames that are
-    computed once; without transcripts the encoder learns with them."""
-    model.train()
-    trained = [model.projector, model.language_model]
-    if freeze_encoder:
-        model.encoder.eval().requires_grad_(False)
-        kept_frames = train.encode(model)
-    else:
-        trained.append(model.encoder)
-    parameters = [p for module in trained for p in module.parameters()]
-    updater = Updater(parameters, cfg.grad_clip, model.buffers())
-    prompt_ids = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
-    answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
-    state = model.state_dict(keep_vars=True)
-    with Log("sft", folder, cfg.sft_steps, state, updater.adam, cfg.save_every) as log:
-        for step in range(log.start, cfg.sft_steps):
-            start = step * cfg.base_batch
-            rows = data.order(len(answers), [cfg.base_seed, SFT_ORDER], start, cfg.base_batch)
-            updater.zero_grad()
-            frames = kept_frames(rows) if freeze_encoder else model.encode(train.mels(rows))
-            audio = model.project(frames)
-            prompts = model.embed_prompts([prompt_ids[i] for i in rows], audio)
-            tokens, lengths = pad_ragged([answers[i] for i in rows], torch.device("cpu"))
-            logp = model.response_logp(prompts, tokens[:, None], lengths[:, None])  # 0 past ends
-            loss = -logp.sum() / int(lengths.sum())
-            loss.backward()
-            lr = learning_rate(cfg.base_lr, cfg.warmup, (step + 1) / cfg.sft_steps)
-            grad_norm = updater.step(lr)
-            log.record(step, {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr})
-    model.eval()
+# Rows, model, LoRA
 
 
 def load_rows(cfg: Config, splits=("train", "validation", "test")) -> dict[str, list[dict]]:
@@ -744,7 +643,8 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
                 f"note: {base_folder} was trained on other rows, perhaps on some of this test split"
             )
     elif not cfg.init and rank() == 0:
-        make_base(cfg, splits["train"], base_folder, device)
+        rows = fingerprint(corpus["train"], cfg.data)
+        pretrain.make_base(cfg, splits["train"], rows, base_folder, device)
     if world() > 1:
         dist.barrier()
     model, tokenizer = load(cfg, device, dtype)

@@ -47,6 +47,7 @@ import train
 from experiments.common import RESULTS, command_line, environment, table
 from lora import apply_lora, load_adapter, lora_disabled, lora_parameters, save_adapter
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM
+from pretrain import compact, init_weights
 from upkeep.files import read_json, write_json
 from upkeep.machine import choose_device
 
@@ -70,7 +71,7 @@ class Workload:
 
 
 # Everywhere the audio token is outside the vocabulary, or random weights would now and then say it.
-COMPACT = SpeechConfig.compact(vocab_size=800, ctc_size=25, audio_token_index=800)
+COMPACT = compact(vocab_size=800, ctc_size=25, audio_token_index=800)
 SMALL = SpeechConfig(
     EncoderConfig(
         num_layers=4, hidden_dim=140, num_heads=4, dim_head=35, context_size=50, max_pos_emb=50
@@ -169,7 +170,7 @@ def prepare(shape: str, work: Workload, shared: bool, folder: Path) -> int:
     the number of parameters."""
     config = CONFIGS[shape.split("-")[0]]
     torch.set_default_dtype(DTYPE)
-    model = SpeechLM(config).init_weights(0)
+    model = init_weights(SpeechLM(config), 0)
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     mels = [torch.randn(50 * work.audio, 160) for _ in range(work.prompts)]

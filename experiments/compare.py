@@ -36,8 +36,9 @@ import torch
 from tqdm import tqdm
 
 import data
+import pretrain
 import train
-from corpora.load import ends
+from corpora.load import ends, fingerprint
 from experiments.common import RESULTS, command_line, environment, interval, rounded, table
 from upkeep.errors import UserError, command
 from upkeep.files import check_same, lock, read_json, write_file, write_json
@@ -94,8 +95,9 @@ def make_base(args, task: str, base: int):
     """Train a base, and measure it."""
     cfg = config(args, task, base)
     device, dtype = choose_device(cfg.device, cfg.dtype)
-    rows = data.Split("train", train.load_rows(cfg)["train"], cfg.cache_gb)
-    train.make_base(cfg, rows, cfg.base_folder, device)
+    rows = train.load_rows(cfg)["train"]
+    split = data.Split("train", rows, cfg.cache_gb)
+    pretrain.make_base(cfg, split, fingerprint(rows, cfg.data), cfg.base_folder, device)
     model, tokenizer = train.load(cfg, device, dtype)
     splits = splits_of(cfg, model, tokenizer)
     predictions = cfg.base_folder / "predictions.jsonl"
