@@ -70,6 +70,8 @@ from model import (
     pad_ragged,
 )
 from pretrain import init_weights
+from released import load_model
+from released.config import from_dict
 from upkeep import checkpoints
 from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
 from upkeep.errors import DataError, UserError
@@ -762,9 +764,9 @@ def test_same_as_transformers(seed, tmp_path):
     """Weights and config.json as they write them. In a ragged batch of ours, every row has the
     frames, embeddings, logits and 20 greedy tokens that theirs has alone."""
     theirs = make_transformers(seed, tmp_path)
-    ours = SpeechLM.from_pretrained(tmp_path).eval()
+    ours = load_model(tmp_path).eval()
     decoder = their_decoder(theirs)
-    assert SpeechConfig.from_dict(theirs.config.to_dict()) == ours.config == odd_config(seed)
+    assert from_dict(theirs.config.to_dict()) == ours.config == odd_config(seed)
     mels = [randn(n, 160, seed=n) for n in (7, 1, 65, 2, 31, 13, 20, 47)]
     frames = ours.encode(mels)
     sounds = ours.project(frames)
@@ -1450,7 +1452,7 @@ def test_adapters_travel_to_peft_and_back(targets, tmp_path):
     """PEFT, on transformers' model, reads what we write, and writes what we read."""
     peft = pytest.importorskip("peft")
     theirs = make_transformers(0, tmp_path / "base")
-    ours, again = (SpeechLM.from_pretrained(tmp_path / "base").eval() for _ in "ab")
+    ours, again = (load_model(tmp_path / "base").eval() for _ in "ab")
     base = logits_of(ours)
     shake_lora(ours, targets, r=3, alpha=9.0, dropout=0.1)
     lora.save_adapter(ours, tmp_path / "ours", targets, base=str(tmp_path / "base"))
@@ -1562,7 +1564,7 @@ def test_adapter_files(tmp_path):
 def test_every_target_counts_here_and_in_peft(targets, tmp_path):
     peft = pytest.importorskip("peft")
     theirs = make_transformers(0, tmp_path / "base")
-    ours = SpeechLM.from_pretrained(tmp_path / "base").eval()
+    ours = load_model(tmp_path / "base").eval()
     base = logits_of(ours)
     shake_lora(ours, targets)
     assert not torch.allclose(base, logits_of(ours), atol=1e-2)

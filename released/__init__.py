@@ -2,7 +2,7 @@
 
     tokenizer = released.ChatTokenizer(folder)
     model = released.load_model(folder)
-    python -m released.export RUN OUT       a run on one, as a whole checkpoint
+    python -m tools.export RUN OUT       a run on one, as a whole checkpoint
 
 Only `train.py --init` and what uses its runs import this package, and with it tokenizers and
 jinja2; the default run needs neither.

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from lora import load_adapter, lora_layers
 from model import SpeechLM
+from released.config import without_weights
 from upkeep.errors import DataError, reading
 from upkeep.files import read_json
 from upkeep.tensors import read_tensors
@@ -21,7 +22,7 @@ def load_model(folder, device="cpu", dtype=None) -> SpeechLM:
     or the LoRA that config.json promises is not there.
     """
     folder = Path(folder)
-    model = SpeechLM.without_weights(folder / "config.json")
+    model = without_weights(folder / "config.json")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors = read_tensors(weight_files(folder), shapes, device, dtype)
     model.load_state_dict(tensors, assign=True)

@@ -1,6 +1,6 @@
 """A trained run as one whole checkpoint, for transformers, vLLM and llama.cpp.
 
-    python -m released.export RUN OUT
+    python -m tools.export RUN OUT
 
 RUN is a finished run that began with --init. OUT gets that checkpoint's files, in which its own
 LoRA, if it has one, and the run's are part of the weights: added in float32, rounded once. No more
@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 import train
 from lora import read_adapter
-from model import SpeechLM
 from released.checkpoint import INDEX, weight_files
+from released.config import without_weights
 from upkeep.errors import DataError, UserError, command, reading, writing
 from upkeep.files import read_json, sync
 from upkeep.tensors import is_finite, our_name
@@ -82,7 +82,7 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
 def lora_updates(checkpoint: Path, adapters: list[Path]) -> dict[str, list[tuple]]:
     """By the name of a weight (out, in), what is to be added to it: (scale, B (out, r), A (r, in)),
     from adapters in all these folders."""
-    model = SpeechLM.without_weights(checkpoint / "config.json")
+    model = without_weights(checkpoint / "config.json")
     updates = {}
     for folder in adapters:
         settings, layers, tensors = read_adapter(model, folder)
@@ -146,7 +146,7 @@ def merged(file: Path, key: str, updates: dict[str, list[tuple]]) -> torch.Tenso
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        "python -m released.export",
+        "python -m tools.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
