@@ -311,7 +311,7 @@ def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, floa
 
 
 # --------------------------------------------------------------------------------------------------
-# To look at: the tree as text, and tokens shaded by their credit
+# To look at: the tree as text
 
 
 def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=None) -> str:
@@ -348,24 +348,6 @@ def _branches(pieces, rewards, nodes, members, start: int, indent: str) -> list[
         reward = "" if rewards is None else f"  r={rewards[i]:.4f}"
         lines.append(f"{indent}o- {''.join(pieces[i][start:])!r}  response {i + 1}{reward}")
     return lines
-
-
-PRAISE = (157, 120, 34)  # 256-colour codes: green, from light to dark
-BLAME = (224, 217, 203)  # and red
-NEUTRAL = 255
-
-
-def shade(pieces: list[str], advantages: list[float], colour: bool) -> str:
-    """A response with each token on the colour of its credit, or its number beside it."""
-    if not colour:
-        return "".join(f"{piece}[{a:+.1f}]" for piece, a in zip(pieces, advantages)).strip()
-    shaded = ""
-    for piece, a in zip(pieces, advantages):
-        shades = PRAISE if a > 0 else BLAME
-        strength = min(2, int(abs(a) * 1.5))
-        background = shades[strength] if abs(a) > 0.05 else NEUTRAL
-        shaded += f"\033[48;5;{background}m\033[38;5;16m{piece}\033[0m"
-    return shaded
 
 
 def _to_list(x) -> list:

@@ -2932,8 +2932,8 @@ def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_
         out = tmp_path / algo
         train.main(tiny(f"--algo {algo} --steps 2", base=base_of(first_run), out=out))
     half = len(rollouts) // 2
-    leafs = rollouts[1:half]  # without the examples shown before training
-    grpos = rollouts[half + 1 :]
+    leafs = rollouts[:half]
+    grpos = rollouts[half:]
     assert len(leafs) == len(grpos)
     assert all(a.tokens.shape == b.tokens.shape for a, b in zip(leafs, grpos))
     assert torch.equal(leafs[0].tokens, grpos[0].tokens)
@@ -3042,7 +3042,7 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
         advantages, masks = (
             torch.cat([F.pad(x, (0, 8 - x.shape[1])) for x in xs]) for xs in zip(*seen)
         )
-        before = 2 * 6 + 2 * 4  # the base on 6 rows, its ceiling, and 2 examples of 4 responses
+        before = 2 * 6  # the base on 6 rows, and its ceiling
         training = rewarded[before:][: 3 * 4 * 4]
         equal = torch.tensor([prompt.endswith("happened?") for prompt in training])
         assert equal.any() and not equal.all() and len(equal) == len(advantages)

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,7 +47,7 @@ from lora import (
 )
 from model import SpeechLM, to_device
 from upkeep.errors import UserError, command, reading, writing
-from upkeep.files import check_same, lock, read_json, write_json
+from upkeep.files import check_same, lock, read_json, read_lines, write_json
 from upkeep.flags import check_numbers, flag, make_parser
 from upkeep.log import Log, best_validation
 from upkeep.machine import choose_device, peak_memory
@@ -454,33 +453,14 @@ def show_table(title: str, columns: dict[str, dict]):
         print(f"{name:{width}}" + "".join(f" {cell:>10}" for cell in cells))
 
 
-@torch.no_grad()
-def show_examples(title: str, model, tokenizer, split: data.Split, cfg: Config, count: int = 2):
-    """A few prompts: reference, greedy answer, and the best and worst of K responses, shaded by
-    their credit."""
-    indices = list(range(min(count, len(split.rows))))
-    prompts = split.prompts(model, indices)
-    u = torch.zeros(len(indices), 1, cfg.max_new_tokens, device=model.device)  # no noise
-    greedy = model.sample(prompts, u, tokenizer.eos_id, temperature=0.0)
-    u = data.noise(
-        [cfg.base_seed, EXAMPLES], indices, cfg.responses, cfg.max_new_tokens, model.device
-    )
-    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
-    print(f"\n{title}")
-    for n, i in enumerate(indices):
-        row = split.rows[i]
-        tokens, lengths = rollout.tokens[n], rollout.lengths[n]
-        rewards = data.reward_all(decode(tokenizer, tokens, lengths), [row] * len(tokens))
-        advantages, _ = credit(cfg, tokens, lengths, -rollout.logq[n], rewards)
-        print(f"  question   {row['prompt'].replace(data.AUDIO, '')}")
-        print(f"  reference  {row['reference']}")
-        print(f"  greedy     {decode(tokenizer, greedy.tokens[n], greedy.lengths[n])[0]}")
-        best = rewards.index(max(rewards))
-        worst = rewards.index(min(rewards))
-        for name, k in (("best of K", best), ("worst of K", worst)):
-            pieces = tokenizer.pieces(tokens[k, : lengths[k]].tolist())
-            shaded = leaf.shade(pieces, advantages[k].tolist(), colour=sys.stdout.isatty())
-            print(f"  {name:10} {shaded}  reward {rewards[k]:.2f}")
+def show_examples(folder: Path, count: int = 2):
+    """The first test rows of a finished run: the greedy answers of the base and of what it became."""
+    base, trained = (read_lines(folder / f"predictions-{x}.jsonl") for x in ("base", "trained"))
+    for before, after in zip(base[:count], trained[:count]):
+        print(f"\nquestion   {before['prompt'].replace(data.AUDIO, '')}")
+        print(f"reference  {before['reference']}")
+        print(f"before     {before['greedy']}")
+        print(f"after      {after['greedy']}")
 
 
 def evaluate_only(cfg: Config, folder: Path, device, dtype):
@@ -661,7 +641,6 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
                 scores = evaluate(model, tokenizer, splits["test"], cfg, answers)
                 write_json(folder / "base.json", scores)
             base_result = read_json(folder / "base.json")
-            show_examples("Before: the base model", model, tokenizer, splits["test"], cfg)
 
     # Train.
     trainable = sum(p.numel() for p in lora_parameters(model).values())
@@ -685,7 +664,6 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     # Measure again, and show.
     answers = folder / "predictions-trained.jsonl"
     trained_result = evaluate(model, tokenizer, splits["test"], cfg, answers)
-    show_examples("After", model, tokenizer, splits["test"], cfg)
     results = {
         "config": asdict(cfg),
         "test_rows": len(corpus["test"]),
@@ -697,6 +675,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         "device": str(device),
     }
     write_json(folder / "results.json", results)
+    show_examples(folder)
     show_table(title, {"base": base_result, "trained": trained_result})
     example = corpus["test"][0]
     recording = example["audio"]

@@ -31,7 +31,7 @@ from corpora.load import fingerprint
 from lora import lora_disabled, lora_parameters
 from upkeep.checkpoints import read_checkpoint, saved_steps
 from upkeep.errors import DataError, UserError, command, writing
-from upkeep.files import read_json
+from upkeep.files import read_json, read_lines
 from upkeep.machine import choose_device
 
 CURVES = {  # of policy.jsonl: a title, and what to look for
@@ -68,13 +68,6 @@ def configuration(folder: Path, given: dict) -> train.Config:
     kept = {f.name: saved[f.name] for f in fields(train.Config) if f.name in saved}
     kept["base"] = os.path.normpath(folder / saved["base"])
     return train.Config(**(kept | given))
-
-
-def read_lines(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): restore it") from None
 
 
 def overview(cfg: train.Config, folder: Path) -> dict:
@@ -168,8 +161,8 @@ def load(cfg: train.Config, folder: Path):
 
 @torch.no_grad()
 def answers(cfg: train.Config, model, tokenizer, split: data.Split, numbers: list[int]):
-    """For each row of split its greedy answer and the tree of K sampled ones, with the noise of
-    train.show_examples; numbers: the rows' places in the test split."""
+    """For each row of split its greedy answer and the tree of K sampled ones, with noise of
+    their own; numbers: the rows' places in the test split."""
     greedy = train.answer(model, tokenizer, split, cfg)
     u = data.noise(
         [cfg.base_seed, train.EXAMPLES], numbers, cfg.responses, cfg.max_new_tokens, model.device

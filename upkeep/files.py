@@ -18,6 +18,12 @@ def read_json(file) -> dict:
         return value
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file that has one a line."""
+    with reading(path, "JSON, a line a row"):
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def write_json(path: Path, value):
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 

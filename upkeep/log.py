@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from upkeep.checkpoints import load_checkpoint, save_checkpoint
 from upkeep.errors import reading, writing
-from upkeep.files import write_file
+from upkeep.files import read_lines, write_file
 from upkeep.processes import average, rank
 
 
@@ -134,9 +134,7 @@ VALIDATION = (
 def best_validation(metrics: Path) -> dict:
     """The first line with the greatest validation BLEU; without a step where there is none."""
     best = {"validation_bleu": -math.inf}
-    with reading(metrics, "the metrics of a run"):
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("validation_bleu", -math.inf) > best["validation_bleu"]:
-                best = row
+    for row in read_lines(metrics):
+        if row.get("validation_bleu", -math.inf) > best["validation_bleu"]:
+            best = row
     return best
