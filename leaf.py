@@ -28,7 +28,7 @@ import torch
 # Step 2: boundaries
 
 
-def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int = 1) -> list[int]:
+def select_boundaries(surprisal, lengths, fork_budget: int = 2) -> list[int]:
     """The B most surprising positions of the group, at least D apart, in ascending order.
 
     surprisal: (K, T) float, -log q of each token under the *sampling* distribution, in nats;
@@ -36,12 +36,11 @@ def select_boundaries(surprisal, lengths, fork_budget: int = 2, min_prefix: int 
     """
     surprisal = torch.as_tensor(surprisal).cpu()
     lengths = torch.as_tensor(lengths).cpu()
-    first = max(1, min_prefix)
     longest = int(lengths.max())
     ended = torch.arange(longest) >= lengths[:, None]  # (K, longest)
     # (longest,): a position is kept once at most, so its most surprised response counts.
     peak = surprisal[:, :longest].masked_fill(ended, -math.inf).amax(0)
-    ranked = peak[first:].argsort(descending=True, stable=True) + first  # ties: the smaller first
+    ranked = peak[1:].argsort(descending=True, stable=True) + 1  # ties: the smaller first
     return keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
 
 
@@ -182,15 +181,14 @@ def leaf_advantages(
     fork_budget: int = 2,
     terms: str = "both",
     multiplicity: bool = True,
-    normalize: bool = True,
     boundaries: list[int] | None = None,
 ) -> torch.Tensor:
     """LEAF's advantage of every token of one prompt's K responses: (K, T) float32.
 
     tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float.
-    `terms`, `multiplicity` and `normalize` switch parts of the rule off, for ablations;
-    `boundaries` replace the selected ones. Zero past each length; on the tokens' device. Raises
-    ValueError on a non-finite reward.
+    `terms` and `multiplicity` switch parts of the rule off, for ablations; `boundaries` replace the
+    selected ones. Zero past each length; on the tokens' device. Raises ValueError on a non-finite
+    reward.
     """
     tokens = torch.as_tensor(tokens)
     rewards = _to_list(rewards)
@@ -202,9 +200,7 @@ def leaf_advantages(
         boundaries = select_boundaries(surprisal, lengths, fork_budget)
     nodes = build_tree(tokens, lengths, rewards, boundaries)
     spans = span_credits(lengths, rewards, nodes, terms, multiplicity)
-    if normalize:
-        spans = z_score(spans)
-    return token_credits(spans, tokens)
+    return token_credits(z_score(spans), tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,8 +271,8 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     """For each selected boundary: does a fork fire there, is it usable, how large are its groups?
 
     A fork fires when a group of two or more has a member that goes on past the boundary; it is
-    usable when such a group also has different rewards inside. group_size and reward_spread
-    (largest minus smallest reward) are means over the retained groups, 0 where there is none.
+    usable when such a group also has different rewards inside. group_size is the mean over the
+    retained groups, 0 where there is none.
     """
     lengths = _to_list(lengths)
     rewards = _to_list(rewards)
@@ -291,7 +287,6 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
             "fires": any(goes_on),
             "usable": any(on and spread > 0 for on, spread in zip(goes_on, spreads)),
             "group_size": fmean(len(group) for group in groups) if groups else 0.0,
-            "reward_spread": fmean(spreads) if groups else 0.0,
         }
         report.append(fork)
     return report

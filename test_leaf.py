@@ -150,12 +150,12 @@ def random_group(rng, ended=False):
     return responses, tokens, lengths, surprisal, rewards
 
 
-def slow_boundaries(responses, surprisal, budget, min_prefix):
+def slow_boundaries(responses, surprisal, budget):
     """The paper's step 2, one pick at a time: the best position that is still far enough from
     every kept one."""
     peak = {}
     for o, row in zip(responses, surprisal.tolist()):
-        for t in range(max(1, min_prefix), len(o)):
+        for t in range(1, len(o)):
             peak[t] = max(row[t], peak.get(t, row[t]))
     gap = max(2, min(map(len, responses)) // (budget + 1))
     kept = []
@@ -216,17 +216,13 @@ def test_leaf_matches_slow_oracle_on_random_groups():
     for case in range(3000):
         responses, tokens, lengths, s, rewards = random_group(rng)
         B = rng.randint(0, 5)
-        m = rng.randint(0, 4)  # min_prefix
         given = None  # the boundaries handed to leaf_advantages, or none: those it selects
         T = tokens.shape[1]
         terms = rng.choice(["both", "global", "local"])
-        multiplicity, normalize = (rng.random() < 0.6 for _ in "mn")
-        flags = {"terms": terms, "multiplicity": multiplicity, "normalize": normalize}
-        where = f"case {case}: {responses}, {s.tolist()}, {rewards.tolist()}, {B=}, {m=}, {flags}"
-        bounds = slow_boundaries(responses, s, B, m)
-        assert leaf.select_boundaries(s, lengths, B, m) == bounds, where
-        if m > 1:  # which leaf_advantages has no argument for
-            given = bounds
+        flags = {"terms": terms, "multiplicity": rng.random() < 0.6}
+        where = f"case {case}: {responses}, {s.tolist()}, {rewards.tolist()}, {B=}, {flags}"
+        bounds = slow_boundaries(responses, s, B)
+        assert leaf.select_boundaries(s, lengths, B) == bounds, where
         if rng.random() < 0.3:  # any others, [] among them
             given = bounds = sorted(rng.sample(range(1, T + 1), rng.randint(0, min(3, T))))
         groups = [(b, g) for b in bounds for g in slow_groups(responses, b)]
@@ -236,13 +232,15 @@ def test_leaf_matches_slow_oracle_on_random_groups():
             [rewards[g].double().mean().item() for _, g in groups]
         ), where
         A = leaf.leaf_advantages(tokens, lengths, s, rewards, B, boundaries=given, **flags)
-        credit, pairs = slow_credit(responses, rewards, bounds, **flags)
-        assert A.shape == tokens.shape and A.dtype == torch.float32, where
-        if pairs >= 2 or normalize:  # step 5 leaves a lone raw pair open
-            want = np.array(
-                [[credit.get((i, t), 0.0) for t in range(T)] for i in range(len(responses))]
-            )
-            np.testing.assert_allclose(A.numpy(), want, rtol=1e-5, atol=1e-6, err_msg=where)
+        raw = leaf.token_credits(leaf.span_credits(lengths, rewards, tree, **flags), tokens)
+        for found, normalize in ((A, True), (raw, False)):
+            credit, pairs = slow_credit(responses, rewards, bounds, normalize=normalize, **flags)
+            assert found.shape == tokens.shape and found.dtype == torch.float32, where
+            if pairs >= 2 or normalize:  # step 5 leaves a lone raw pair open
+                want = np.array(
+                    [[credit.get((i, t), 0.0) for t in range(T)] for i in range(len(responses))]
+                )
+                np.testing.assert_allclose(found.numpy(), want, rtol=1e-5, atol=1e-6, err_msg=where)
         for got, b in zip(leaf.fork_stats(tokens, lengths, rewards, bounds), bounds, strict=True):
             here = [
                 ([len(responses[i]) for i in g], rewards[g].tolist()) for at, g in groups if at == b
@@ -253,9 +251,15 @@ def test_leaf_matches_slow_oracle_on_random_groups():
                 "fires": len(ahead) > 0,
                 "usable": any(len(set(r)) > 1 for r in ahead),
                 "group_size": fmean(len(n) for n, _ in here) if here else 0.0,
-                "reward_spread": fmean(max(r) - min(r) for _, r in here) if here else 0.0,
             }
             assert {k: got[k] for k in want} == pytest.approx(want), where
+
+
+def raw_credit(tokens, lengths, surprisal, rewards, budget, **flags):
+    """The paper's step 4 alone, for every token (K, T)."""
+    boundaries = leaf.select_boundaries(surprisal, lengths, budget)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    return leaf.token_credits(leaf.span_credits(lengths, rewards, nodes, **flags), tokens)
 
 
 def test_leaf_worked_example():
@@ -282,7 +286,9 @@ def test_leaf_worked_example():
             [shared, shared, ended, 0, 0],
             [shared, shared, ended, 0, 0],
         ]
-        A = leaf.leaf_advantages(tokens, lengths, s, rewards, normalize=normalize)
+        A = leaf.leaf_advantages(tokens, lengths, s, rewards)
+        if not normalize:
+            A = raw_credit(tokens, lengths, s, rewards, 2)
         torch.testing.assert_close(A, torch.tensor(want), atol=6e-6, rtol=0)
 
 
@@ -296,14 +302,8 @@ def test_leaf_boundaries_by_hand():
     s[1, 5] = 4.0
     s[1, 11] = 1.0
     s[:, 0] = s[0, 9:] = 99.0  # neither first token nor padding count
-    for B, m, want in (
-        (0, 1, []),
-        (1, 0, [3]),
-        (2, 1, [3, 6]),
-        (3, 1, [3, 6, 11]),
-        (2, 4, [6, 11]),
-    ):
-        got = leaf.select_boundaries(s, lengths, fork_budget=B, min_prefix=m)
+    for B, want in ((0, []), (1, [3]), (2, [3, 6]), (3, [3, 6, 11])):
+        got = leaf.select_boundaries(s, lengths, fork_budget=B)
         assert got == want and all(type(t) is int for t in got)
 
 
@@ -343,9 +343,7 @@ def test_leaf_local_terms_telescope():
         score = {}
         B = rng.randint(0, 4)
         rewards = torch.tensor([score.setdefault(tuple(o), rng.random()) for o in responses])
-        A = leaf.leaf_advantages(
-            tokens, lengths, s, rewards, B, terms="local", multiplicity=False, normalize=False
-        )
+        A = raw_credit(tokens, lengths, s, rewards, B, terms="local", multiplicity=False)
         spans = spans_from_tree(tokens, lengths, rewards, leaf.select_boundaries(s, lengths, B))
         total = torch.tensor([sum(A[i, a].item() for a, _ in cuts) for i, cuts in enumerate(spans)])
         torch.testing.assert_close(total, rewards - rewards.mean(), atol=1e-6, rtol=0)
@@ -377,7 +375,7 @@ def test_leaf_equal_rewards_give_exact_zeros():
     tokens, lengths = pad_responses([[1, 2, 3, EOS], [1, 2, EOS], [1, EOS]] + 4 * [[2, EOS]])
     for reward in (0.0, 0.1, 0.2, 1 / 3, 0.7):
         for rewards in (torch.full((7,), reward), torch.full((7,), reward, dtype=torch.float64)):
-            for kw in ({}, {"normalize": False}, {"fork_budget": 0}):
+            for kw in ({}, {"fork_budget": 0}):
                 A = leaf.leaf_advantages(tokens, lengths, torch.rand(7, 4), rewards, **kw)
                 assert not A.any()
             assert leaf.grpo_advantages(rewards, lengths, std_floor=0.0).abs().max() < 1e-6
@@ -416,8 +414,8 @@ def test_global_credit_without_the_root_of_n_is_the_mean_baseline():
         _, tokens, lengths, surprisal, rewards = random_group(rng)
         if int(lengths.max()) == 0:
             continue
-        raw = dict(terms="global", multiplicity=False, normalize=False)
-        found = leaf.leaf_advantages(tokens, lengths, surprisal, rewards, 3, **raw)
+        alone = {"terms": "global", "multiplicity": False}
+        found = raw_credit(tokens, lengths, surprisal, rewards, 3, **alone)
         expected = leaf.grpo_advantages(rewards, lengths, std_floor=1.0)
         sums = {}
         for i, length in enumerate(lengths.tolist()):
@@ -531,24 +529,23 @@ ENDED_DUPLICATES = [[1, EOS], [1, EOS], [2, 1, 1, EOS]]
 
 
 @pytest.mark.parametrize(
-    "responses, rewards, fires, usable, size, spread",
+    "responses, rewards, fires, usable, size",
     [
-        pytest.param(PARTING, [1.0, 0.0, 0.0], True, True, 2, 1.0, id="a fork worth having"),
-        pytest.param(PARTING, [0.5, 0.5, 0.0], True, False, 2, 0.0, id="nothing to learn"),
-        pytest.param(ONE_ENDS, [0.5, 0.0, 0.0], True, True, 2, 0.5, id="one goes on: enough"),
-        pytest.param(ENDED_DUPLICATES, [0.5, 0.0, 0.0], False, False, 2, 0.5, id="all ended"),
+        pytest.param(PARTING, [1.0, 0.0, 0.0], True, True, 2, id="a fork worth having"),
+        pytest.param(PARTING, [0.5, 0.5, 0.0], True, False, 2, id="nothing to learn"),
+        pytest.param(ONE_ENDS, [0.5, 0.0, 0.0], True, True, 2, id="one goes on: enough"),
+        pytest.param(ENDED_DUPLICATES, [0.5, 0.0, 0.0], False, False, 2, id="all ended"),
         pytest.param(
             [*ENDED_DUPLICATES, [2, 1, EOS]],
             [0.5, 0.0, 0.2, 0.2],
             True,
             False,
             2,
-            0.25,
             id="spread elsewhere",
         ),
     ],
 )
-def test_fork_stats_by_hand(responses, rewards, fires, usable, size, spread):
+def test_fork_stats_by_hand(responses, rewards, fires, usable, size):
     """A fork fires if a group of two or more has a member past it; it is usable if *that*
     group's rewards differ."""
     (got,) = leaf.fork_stats(*pad_responses(responses), torch.tensor(rewards), [2])
@@ -557,7 +554,6 @@ def test_fork_stats_by_hand(responses, rewards, fires, usable, size, spread):
         "fires": fires,
         "usable": usable,
         "group_size": size,
-        "reward_spread": spread,
     }
     assert {k: got[k] for k in want} == pytest.approx(want)
 
@@ -2333,7 +2329,7 @@ TINY = """
     --steps 4 --prompts 4 --update-prompts 2 --micro-prompts 2 --responses 4 --max-new-tokens 8
     --lora-r 4 --eval-every 2 --eval-passes 1 --save-every 2 --device cpu
 """.split()
-TIMINGS = ("seconds", "sampling_share", "credit_share", "tokens_per_second")
+TIMINGS = ("seconds", "sampling_share", "tokens_per_second")
 SUFFIXES = ",".join(PLAIN)  # as the paper's runs: the Conformer's feed-forwards are adapted, too
 
 

@@ -198,7 +198,6 @@ def train_policy(
             for i, tokens, lengths in zip(indices, on_host.tokens, on_host.lengths):
                 answers = decode(tokenizer, tokens, lengths)
                 rewards.append(data.reward_all(answers, [train.rows[i]] * cfg.responses))
-            rewarded = time.perf_counter()
 
             # Credit: per prompt, from the tree that its own responses form.
             advantages, forks = [], []
@@ -209,7 +208,6 @@ def train_policy(
                 advantages.append(given)
                 forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
             advantages = to_device(torch.stack(advantages), model.device)  # (P, K, T)
-            credited = time.perf_counter()
 
             # Reference: log-probabilities under the base, of what was sampled.
             with lora_disabled(model):
@@ -257,7 +255,6 @@ def train_policy(
                 "response_length": float(on_host.lengths.float().mean()),
                 "seconds": seconds,
                 "sampling_share": (sampled - began) / seconds,
-                "credit_share": (credited - rewarded) / seconds,
                 "tokens_per_second": world() * int(on_host.lengths.sum()) / seconds,
             }
             validation_bleu = {}

@@ -41,7 +41,7 @@ def default(*flags: str) -> dict:
     subprocess.run(command, cwd=ROOT, check=True)
     results = read_json(run / "results.json")
     steps = [json.loads(line) for line in (run / "policy.jsonl").read_text().splitlines()]
-    for name in ("seconds", "sampling_share", "credit_share", "tokens_per_second"):
+    for name in ("seconds", "sampling_share", "tokens_per_second"):
         results[f"{name} of a step"] = sum(step[name] for step in steps) / len(steps)
     return results
 

@@ -244,10 +244,13 @@ def every_credit(cfg: train.Config, tokens, lengths, surprisal, rewards, boundar
     """For each rule the credit of every token before and after normalising, both (K, T)."""
     credits = {}
     group = (tokens, lengths, surprisal, rewards)
+    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
+    equal = max(rewards) == min(rewards)  # then exactly zero, and no rounding of it
     for rule, terms in TERMS.items():
-        how = {"terms": terms, "multiplicity": cfg.multiplicity, "boundaries": boundaries}
-        before = leaf.leaf_advantages(*group, **how, normalize=False)
-        credits[rule] = (before, leaf.leaf_advantages(*group, **how))
+        how = {"terms": terms, "multiplicity": cfg.multiplicity}
+        spans = [] if equal else leaf.span_credits(lengths, rewards, nodes, **how)
+        after = leaf.leaf_advantages(*group, boundaries=boundaries, **how)
+        credits[rule] = (leaf.token_credits(spans, tokens), after)
     centred = torch.tensor(rewards) - fmean(rewards)
     after = leaf.grpo_advantages(rewards, lengths, cfg.std_floor)
     credits["GRPO"] = (centred[:, None].expand(after.shape), after)
