@@ -1,7 +1,6 @@
 """The machine: the device to run on, and the memory that was used."""
 
 import math
-import shutil
 import sys
 
 import torch
@@ -24,8 +23,6 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         best = "cuda"
     elif torch.backends.mps.is_available():
         best = "mps"
-    elif device != "cpu" and number == 0:
-        tell_why_no_gpu()
     if device not in ("auto", "cpu", best):
         raise UserError(f"--device {device}: this torch sees no such device here")
     kind = best if device == "auto" else device
@@ -59,19 +56,6 @@ def use_card(device: torch.device):
             f"this PyTorch {torch.__version__}: {reason}. Install a build for the card from "
             "pytorch.org, choose another card with CUDA_VISIBLE_DEVICES, or use --device cpu"
         ) from None
-
-
-def tell_why_no_gpu():
-    """Say why PyTorch does not see the card of a machine that has one, before hours on the CPU."""
-    if not shutil.which("nvidia-smi"):
-        return
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the driver's fault, or a build without CUDA
-        reason = str(error).splitlines()[0]
-        print(
-            f"note: there is an NVIDIA driver, but this is for the CPU, since to PyTorch {reason!r}"
-        )
 
 
 def peak_memory(device: torch.device) -> float:

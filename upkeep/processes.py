@@ -15,18 +15,19 @@ from upkeep.errors import UserError
 def local_rank() -> int:
     """Which of this machine's processes this is, and so which GPU is its own; alone: 0."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [os.environ.get(name) for name in names]
-    if given[:2] == [None, None]:
+    given = [os.environ.get(name, "") for name in names]
+    if given[:2] == ["", ""]:
         return 0
-    if not all(value and value.isdecimal() for value in given) or int(given[0]) >= int(given[1]):
-        told = ", ".join(f"{name}={value}" for name, value in zip(names, given))
-        raise UserError(f"{told}: torchrun sets all three to numbers; start with it, or unset them")
+    if not all(value.isdecimal() for value in given):
+        raise UserError(
+            f"torchrun sets {', '.join(names)} to numbers; start with it, or unset them"
+        )
     return int(given[2])
 
 
 def join_processes(device: torch.device):
     """Join those that torchrun started beside this one, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         on_gpus = device.type == "cuda"
         # No early time-out: the others wait while the first trains a base, or evaluates.
         dist.init_process_group(
