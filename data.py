@@ -1,4 +1,4 @@
-"""What goes in and what is rewarded: rows, the reward, audio, text.
+"""What goes in and what is rewarded: `reward`, the first function here, is the one to replace.
 
 A row is a dict {"audio", "prompt", "reference"}, whose audio.samples() are (samples,) float32 at 16
 kHz (corpora.load.Recording, corpora.synthetic.Speech), and optionally
@@ -8,8 +8,6 @@ kHz (corpora.load.Recording, corpora.synthetic.Speech), and optionally
     "slots"       words or phrases that only the audio tells, e.g. ["seven", "bought|purchased"];
                   {"number": "seven", "verb": "bought|purchased"}: evaluation reports each field
     "group"       a name under which evaluation reports these rows separately
-
-`reward`, which comes first, is the one function to replace for another objective.
 """
 
 import collections
@@ -322,14 +320,13 @@ class Tokenizer:
         texts = []
         for row in rows:
             texts += [row["prompt"].replace(AUDIO, " "), row["reference"], target(row)]
-        characters = set("".join(texts))
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
             # 256 bytes, every character, and some merges.
-            vocab_size=max(vocab_size, 600 + len(characters)),
+            vocab_size=max(vocab_size, 600 + len(set("".join(texts)))),
             hard_vocab_limit=False,
             character_coverage=1.0,
             byte_fallback=True,
@@ -417,7 +414,8 @@ class Split:
     """
 
     def __init__(self, name: str, rows: list[dict], gigabytes: float):
-        silent = [row["audio"] for row in rows if not hasattr(row["audio"], "samples")]
+        audio = [row["audio"] for row in rows]
+        silent = [x for x in audio if not hasattr(x, "samples")]
         if silent:
             raise UserError(
                 f"{silent[0]!r} has no samples(): is it a corpora.load.Recording(path)?"
@@ -425,11 +423,8 @@ class Split:
         self.name = name
         self.rows = rows
         self.gigabytes = gigabytes
-        self.mels = self.cache("log-mels of", lambda indices: [self.mel(i) for i in indices])
+        self.mels = self.cache("log-mels of", lambda at: [log_mel(audio[i].samples()) for i in at])
         self.frames = None
-
-    def mel(self, index: int) -> torch.Tensor:
-        return log_mel(self.rows[index]["audio"].samples())
 
     def cache(self, doing: str, compute) -> Cache:
         title = f"{doing} {len(self.rows)} {self.name} rows"

@@ -2773,7 +2773,9 @@ def test_a_torchrun_that_is_none_gets_one_line_and_exit_code_2(
     assert run_as_script(*tiny(out=tmp_path / "run")) == 2
     said = capsys.readouterr()
     assert (
-        said.out == "" and said.err.count("\n") == 1 and "RANK, WORLD_SIZE, LOCAL_RANK" in said.err
+        said.out == ""
+        and said.err.count("\n") == 1
+        and "RANK, WORLD_SIZE and LOCAL_RANK" in said.err
     )
     assert not (tmp_path / "run").exists()
 

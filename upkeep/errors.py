@@ -67,7 +67,5 @@ def command(main):
             sys.exit(128 + signal.SIGPIPE)
         raise
     except KeyboardInterrupt:
-        print(
-            "interrupted where there was nothing to save; the same command goes on", file=sys.stderr
-        )
+        print("interrupted with nothing to save; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -104,11 +104,8 @@ class Log:
                 os.fsync(self.file.fileno())
             save_checkpoint(self.checkpoints, done, self.named, self.optimizer, self.rule)
         if stopping:
-            self.say(
-                done,
-                f"saved step {done} of {self.steps} in {self.checkpoints}; "
-                "the same command goes on from there",
-            )
+            saved = f"saved step {done} of {self.steps} in {self.checkpoints}"
+            self.say(done, f"{saved}; the same command goes on from there")
             raise SystemExit(128 + (self.stop_signals or [signal.SIGTERM])[0])
 
     def say(self, done: int, text: str):

@@ -14,14 +14,11 @@ from upkeep.errors import UserError
 
 def local_rank() -> int:
     """Which of this machine's processes this is, and so which GPU is its own; alone: 0."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [os.environ.get(name, "") for name in names]
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if given[:2] == ["", ""]:
         return 0
     if not all(value.isdecimal() for value in given):
-        raise UserError(
-            f"torchrun sets {', '.join(names)} to numbers; start with it, or unset them"
-        )
+        raise UserError("torchrun sets RANK, WORLD_SIZE and LOCAL_RANK: use it, or unset them")
     return int(given[2])
 
 
