@@ -28,7 +28,7 @@ from corpora import (
     synthetic,
 )
 from data import AUDIO
-from test_leaf import read_json_lines, same, seeded, write_tone
+from tests.helpers import read_json_lines, same, seeded, write_tone
 
 __all__ = ["seeded"]  # a fixture that every test here uses
 

@@ -2,7 +2,7 @@
 
     python -m experiments.gpu       about half an hour; experiments/results/gpu-NAME-OF-THE-CARD.json
 
-    tests       test_leaf.py, its section for the device included
+    tests       tests/test_device.py
     default     `python train.py`, with a CUDA graph and without: seconds, memory, BLEU, tokens/s
     bench       experiments.bench at two sizes, the last that of the 2B in the paper's setting: what
                 it takes is to be held against experiments.footprint
@@ -29,7 +29,7 @@ RUNS = ROOT / "runs" / "gpu"
 
 
 def tests() -> dict:
-    command = [sys.executable, "-m", "pytest", "-q", "-rfs", "test_leaf.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfs", "tests/test_device.py"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return {"exit code": done.returncode, "said": done.stdout.splitlines()[-30:]}
 

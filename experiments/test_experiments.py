@@ -15,7 +15,7 @@ import torch
 import lora
 import train
 from experiments import bench, common, compare, footprint, gpu, hearing
-from test_leaf import first_run, pad_responses, read_json_lines, seeded
+from tests.helpers import first_run, pad_responses, read_json_lines, seeded
 from upkeep.errors import UserError
 
 __all__ = ["first_run", "seeded"]  # fixtures

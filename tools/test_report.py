@@ -14,7 +14,7 @@ import data
 import leaf
 import train
 from released.test_released import checkpoint
-from test_leaf import ROOT, base_of, first_run, read_json_lines, seeded, tiny, write_corpus
+from tests.helpers import ROOT, base_of, first_run, read_json_lines, seeded, tiny, write_corpus
 from tools import report
 from upkeep.errors import DataError, UserError
 from upkeep.files import read_json

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import train
-from test_leaf import ROOT, first_run, read_json_lines, seeded, write_corpus
+from tests.helpers import ROOT, first_run, read_json_lines, seeded, write_corpus
 from tools import ask
 from upkeep.errors import DataError, UserError
 from upkeep.tensors import transformers_name

@@ -1,0 +1,528 @@
+"""upkeep/: nothing is lost; what the user can mend is one line; processes and cards."""
+
+import errno
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import data
+import train
+from model import pad_ragged
+from tests.helpers import (
+    ROOT,
+    adapter,
+    assert_same_run,
+    base_of,
+    by_letters,
+    first_run,
+    load_policy,
+    make_model,
+    metrics,
+    randn,
+    same,
+    seeded,
+    stopping_at,
+    tiny,
+)
+from upkeep import checkpoints
+from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
+from upkeep.errors import DataError, UserError, command
+from upkeep.files import lock
+from upkeep.machine import choose_device
+from upkeep.optim import Updater, learning_rate
+from upkeep.tensors import our_name, transformers_name
+
+__all__ = ["first_run", "seeded"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    "ours, others",
+    [
+        ("encoder.out.bias", ["model.encoder.out.bias"]),
+        ("projector.query", ["model.projector.query"]),
+        ("language_model.lm_head.weight", ["lm_head.weight"]),
+        (
+            "language_model.model.norm.weight",
+            [
+                "model.language_model.norm.weight",
+                "language_model.model.model.norm.weight",  # transformers 5.20
+            ],
+        ),
+        (
+            "language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            [
+                "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight",
+                "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            ],
+        ),
+    ],
+)
+def test_names(ours, others):
+    assert [our_name(name) for name in (ours, *others)] == [ours] * (1 + len(others))
+    assert "lm_head" in ours or our_name(transformers_name(ours)) == ours
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth():
+    rates = [learning_rate(2.0, 0.1, progress) for progress in (0.05, 0.1, 0.55, 1.0)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0 * (0.1 + 0.9 * 0.5), 0.2])
+
+
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def die_at(where, count, folder):
+    """Kill this process without a chance to clean up: at the count-th call of a function (module,
+    name), or the count-th time that something below folder is opened, made, renamed or removed."""
+    calls = []
+
+    def count_call():
+        calls.append(None)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, args):
+        if event in FILE_OPERATIONS and str(args[0]).startswith(str(folder)):
+            count_call()
+
+    def dying(*args, **kwargs):
+        count_call()
+        return original(*args, **kwargs)
+
+    if where == "files":
+        sys.addaudithook(hook)
+    else:
+        original = getattr(*where)
+        setattr(*where, dying)
+
+
+# A run makes some 120 of these operations.
+POINTS = [("files", count) for count in range(3, 120, 15)]
+POINTS += [
+    ((checkpoints, "save_file"), 6),  # in the middle of the policy's second checkpoint
+    ((Updater, "step"), 13),  # between checkpoints, with metrics logged past the last one
+]
+
+
+@pytest.mark.parametrize("where, count", POINTS)
+def test_kill_9_at_any_moment_loses_nothing(where, count, first_run, tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            die_at(where, count, tmp_path)
+            train.main(tiny(out=tmp_path / "run"))
+        finally:  # not the end of pytest, whatever happens
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    train.main(tiny(out=tmp_path / "run"))
+    assert_same_run(first_run, tmp_path / "run")
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert not [name for name in left if name.startswith("saving-") or name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_full_disk_is_named_and_the_same_command_goes_on(
+    count, first_run, tmp_path, monkeypatch, capsys
+):
+    """Whatever is being written: here, the count-th time that something must reach the disk."""
+    calls = []
+    fsync = os.fsync
+
+    def full(handle):
+        calls.append(None)
+        if len(calls) == count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run_as_script(*tiny(out=tmp_path / "run")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}") and "No space left on device" in error
+    train.main(tiny(out=tmp_path / "run"))
+    assert_same_run(first_run, tmp_path / "run")
+
+
+def test_a_reader_that_leaves_is_a_request_to_stop(first_run, tmp_path):
+    """`python train.py | head -1`: the run saves, and goes on later."""
+    command = [sys.executable, "train.py", *tiny("--eval-every 1", out=tmp_path / "run")]
+    one_thread = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if "LEAF: 4 steps" in line:
+                break
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said and "Exception" not in said
+    assert len(metrics(tmp_path / "run")) == 2  # noticed after the first, saved after the second
+    train.main(tiny("--eval-every 1", out=tmp_path / "run"))
+    rows = [{k: v for k, v in row.items() if "validation" not in k} for row in metrics(first_run)]
+    for row, want in zip(metrics(tmp_path / "run"), rows, strict=True):
+        assert repr({k: v for k, v in row.items() if "validation" not in k}) == repr(want)
+
+
+def test_how_a_program_ends(monkeypatch, capsys):
+    """What the user can mend, and Ctrl-C, in one line; what is a fault of ours with a traceback; 141
+    only where it is stdout that nobody reads."""
+
+    def end_with(error):
+        def main():
+            raise error
+
+        command(main)
+
+    for error, code in ((UserError("mend it"), 2), (KeyboardInterrupt(), 130)):
+        with pytest.raises(SystemExit) as stop:
+            end_with(error)
+        assert stop.value.code == code and capsys.readouterr().err.count("\n") == 1
+    for error in (OSError("not translated"), BrokenPipeError("another pipe")):
+        with pytest.raises(type(error)):
+            end_with(error)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        with pytest.raises(SystemExit) as stop:
+            command(lambda: print("to nobody"))
+    assert stop.value.code == 128 + signal.SIGPIPE
+
+
+def test_closed_streams_are_no_error(first_run, tmp_path):
+    command = [sys.executable, "train.py", *tiny(out=first_run)]
+    closed = 'exec "$@" >&- 2>&-'
+    subprocess.run(["sh", "-c", closed, "sh", *command], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no tensors", "no step", "a list", "nan", "no moment"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, first_run, tmp_path, capsys):
+    """And what has another name there is not ours."""
+    run = tmp_path / "run"
+    command = tiny("--save-every 1", base=base_of(first_run), out=run)
+    with pytest.raises(SystemExit), stopping_at(5):
+        train.main(command)
+    checkpoints = run / "checkpoints" / "policy"
+    assert [path.name for path in saved_steps(checkpoints)] == ["step-000002", "step-000003"]
+    newest = checkpoints / "step-000003"
+    tensors = newest / "tensors.safetensors"
+    if damage == "cut":
+        os.truncate(tensors, 1000)
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "no step":
+        (newest / "state.json").write_text("")
+    elif damage == "a list":
+        (newest / "state.json").write_text("[3]")
+    else:
+        saved = load_file(tensors)
+        name = next(name for name in saved if name.startswith("exp_avg."))
+        saved[name] = saved[name] * math.nan if damage == "nan" else saved[name][:1].clone()
+        save_file(saved, tensors)
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000009.bak")
+    (checkpoints / "step-last").write_text("mine")
+    train.main(command)
+    assert "a checkpoint is damaged and left out" in capsys.readouterr().out
+    assert_same_run(first_run, run, base=False)
+    assert (checkpoints / "step-last").exists() and (checkpoints / "step-000009.bak").exists()
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    weights = {"a": torch.tensor([1.0, math.inf])}
+    adam = torch.optim.AdamW(weights.values())
+    with pytest.raises(DataError, match="step 7 is not saved.*value.a has values that are not fin"):
+        save_checkpoint(tmp_path, 7, weights, adam)
+    assert not saved_steps(tmp_path)
+
+
+def test_a_skipped_step_leaves_the_model_as_it_was():
+    """BatchNorm's statistics, too, which the forward pass has moved."""
+    encoder = make_model().encoder.train()
+    updater = Updater(encoder.parameters(), 1.0, encoder.buffers())
+
+    def learn(mels):
+        updater.zero_grad()
+        mel, lengths = pad_ragged(mels, torch.device("cpu"))
+        encoder(mel, lengths)[0].square().sum().backward()
+        return updater.step(0.01)
+
+    assert math.isfinite(learn([randn(20, 160), randn(31, 160)]))
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    assert not math.isfinite(learn([randn(20, 160), 1e30 * randn(31, 160)]))
+    same(encoder.state_dict(), before)
+    assert math.isfinite(learn([randn(20, 160), randn(31, 160)]))
+    moved = {n: not torch.equal(t, before[n]) for n, t in encoder.state_dict().items()}
+    assert all(moved[name] for name in moved if "running" in name or "num_batches" in name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "base.json", "tokenizer.model"])
+def test_the_first_write_of_all_may_have_been_killed(name, first_run, tmp_path):
+    folder = tmp_path / ("run" if name == "config.json" else "base-qa-seed0-training")
+    folder.mkdir()
+    (folder / (name + ".tmp")).write_text("{")
+    train.main(tiny(out=tmp_path / "run"))
+    assert_same_run(first_run, tmp_path / "run")
+
+
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(first_run, capsys):
+    before = (first_run / "policy.jsonl").read_bytes()
+    train.main(tiny(out=first_run))
+    assert "is finished" in capsys.readouterr().out
+    assert (first_run / "policy.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"(?s)another configuration.*lr: 0.00\d+ there, 0.5 now"):
+        train.main(tiny("--lr 0.5", out=first_run))
+    with pytest.raises(UserError, match=r"(?s)base-qa-seed0.*ctc_steps: 3 there, 5 now"):
+        train.main(tiny("--ctc-steps 5", out=first_run.parent / "other"))
+
+
+def test_a_folder_serves_one_process_and_is_taken_by_what_trains_there(
+    first_run, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    command = tiny(base=base_of(first_run), out=run)
+    with lock(run, wait=False):
+        with pytest.raises(UserError, match="in use by another process"):
+            train.main(tiny(out=run))
+    with monkeypatch.context() as broken:
+        broken.setattr(data, "reward", lambda answer, row: math.nan)
+        with pytest.raises(UserError, match=r"data.reward gave nan for the answer"):
+            train.main([*command, "--lr", "0.1"])
+    train.main(command)  # nothing had been done there yet
+    (run / "results.json").write_text("{")
+    with pytest.raises(DataError, match=r"results.json cannot be read"):
+        train.main(command)
+
+
+def run_as_script(*flags):
+    """`python train.py FLAGS` in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--algo ppo", "algo"),
+        ("--no-such-flag", "no-such-flag"),
+        ("--lr fast", "lr"),
+        ("--top-p 0", "top_p"),
+        ("--prompts 4 --update-prompts 3", "update_prompts"),
+        ("--responses 0", "responses"),
+        ("--base-seed 99999999999999999999", "base_seed"),
+        ("--data nowhere", "train.jsonl"),
+    ],
+)
+def test_bad_flags_get_one_line_and_exit_code_2(flags, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_as_script("--out", tmp_path / "run", *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert word in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+    ],
+)
+def test_a_torchrun_that_is_none_gets_one_line_and_exit_code_2(
+    environment, tmp_path, monkeypatch, capsys
+):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_as_script(*tiny(out=tmp_path / "run")) == 2
+    said = capsys.readouterr()
+    assert (
+        said.out == ""
+        and said.err.count("\n") == 1
+        and "RANK, WORLD_SIZE and LOCAL_RANK" in said.err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_are_few_and_in_groups(capsys):
+    """At most 50, each with a line of --help under the title of what it belongs to."""
+    assert run_as_script("--help") == 0
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
+    wanted = {"--" + f.name.replace("_", "-") for f in fields(train.Config)} | {
+        "--eval-only",
+        "--best",
+    }
+    assert sorted(flags) == sorted(wanted) and len(flags) <= 50
+    titles = [line for line in text.splitlines() if re.fullmatch(r"[A-Za-z ]+:", line)]
+    assert titles == [
+        "options:",  # --help itself
+        "data:",
+        "base model:",
+        "policy optimisation:",
+        "credit:",
+        "LoRA:",
+        "evaluation:",
+        "the run:",
+    ]
+    of_title = {}
+    for line in text[text.index("options:") :].splitlines():
+        if line in titles:
+            title = line
+        elif line.startswith("  --"):
+            of_title.setdefault(title, []).append(line.split()[0].rstrip(","))
+    assert {"--kl-coef", "--lr", "--steps"} <= set(of_title["policy optimisation:"])
+    assert {"--lora-r", "--lora-targets"} <= set(of_title["LoRA:"])
+    assert {"--fork-budget", "--terms"} <= set(of_title["credit:"])
+    assert {"--base-lr", "--init"} <= set(of_title["base model:"])
+
+
+def test_a_run_goes_on_with_its_own_credit_rule_only(first_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "reward", by_letters)
+    calls = []
+
+    def own_rule(cfg, *group):
+        calls.append(None)
+        if len(calls) == 2 * 4 + 1:  # in the third step of 4 prompts
+            raise ZeroDivisionError
+        return train.credit(cfg, *group)
+
+    def policy():
+        return load_policy(first_run, tmp_path / "run", "--save-every 1")
+
+    with pytest.raises(ZeroDivisionError):
+        train.train_policy(*policy(), credit=own_rule)
+    assert len(metrics(tmp_path / "run")) == 2
+    with pytest.raises(UserError, match="credit rule 'own_rule', not 'credit'"):
+        train.train_policy(*policy())
+    train.train_policy(*policy(), credit=own_rule)
+    assert len(calls) == 2 * 4 + 1 + 2 * 4
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",  # by gloo
+        pytest.param(  # by NCCL
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA GPUs"),
+        ),
+    ],
+)
+def test_two_processes_are_one(device, first_run, tmp_path):
+    """Prompts shared out over two processes give the update of one. Stopped in the middle, both
+    save and go on; only the first writes."""
+    flags = f"--steps 6 --save-every 1 --eval-every 3 --device {device} --dtype float32"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    train.main(tiny(flags, base=base_of(first_run), out=one))
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
+    command = [sys.executable, *torchrun, *tiny(flags, base=base_of(first_run), out=two)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    while not (two / "checkpoints/policy/step-000001").exists():
+        assert process.poll() is None, process.stdout.read()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode and 1 <= len(metrics(two)) < 6
+    said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert said.count("6 steps of") == 1 and said.count("took") == 1
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    alike = "loss reward kl grad_norm response_length usable_fork_fire equal_rewards lr".split()
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in alike:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+    for name, tensor in adapter(one).items():
+        torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
+    """AdamW's step, too: the fused kernel wants it beside them."""
+    here = {"a": randn(5, 3).requires_grad_()}
+    updater = Updater(here.values(), grad_clip=1.0)
+    here["a"].grad = randn(5, 3, seed=1)
+    updater.step(0.1)
+    save_checkpoint(tmp_path, 1, here, updater.adam)
+    saved = load_file(tmp_path / "step-000001" / "tensors.safetensors")  # true tensors
+    monkeypatch.setattr(checkpoints, "load_file", lambda file: saved)
+    monkeypatch.setattr(
+        checkpoints, "refuse_unless_finite", lambda tensors, what: None
+    )  # no contents
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = {"a": torch.empty(5, 3, device="cuda", requires_grad=True)}
+        updater = Updater(there.values(), grad_clip=1.0)
+        assert load_checkpoint(tmp_path, there, updater.adam) == 1
+        state = updater.adam.state[there["a"]]
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert {tensor.device.type for tensor in state.values()} == {"cuda"}
+
+
+class Card:
+    """torch.cuda as a machine with some cards would have it."""
+
+    def __init__(self, monkeypatch, count=1, capability=(9, 0), runs=True):
+        self.current = None
+        emulates = {True: True, False: capability >= (8, 0)}
+        for name, function in {
+            "is_available": lambda: True,
+            "device_count": lambda: count,
+            "set_device": lambda device: setattr(self, "current", device),
+            "get_device_name": lambda device: "Tesla V100",
+            "get_device_capability": lambda device: capability,
+            "is_bf16_supported": lambda including_emulation=True: emulates[including_emulation],
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+        def ones(*shape, device):
+            if not runs:
+                raise torch.AcceleratorError("CUDA error: no kernel image is available\nmore")
+            return torch.zeros(*shape)
+
+        monkeypatch.setattr(torch, "ones", ones)
+
+
+@pytest.mark.parametrize("number", [None, 0, 1])
+def test_each_process_takes_the_card_of_its_number(number, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+        if number is not None:
+            monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else str(number))
+    card = Card(monkeypatch, count=2)
+    device, dtype = choose_device("auto", "auto")
+    assert (device, dtype) == (torch.device("cuda", number or 0), torch.bfloat16)
+    assert card.current == device
+    Card(monkeypatch, count=1)
+    if number == 1:
+        with pytest.raises(UserError, match="no GPU of its own.*--nproc_per_node=1"):
+            choose_device("auto", "auto")
+
+
+def test_a_card_without_bfloat16_takes_float32(monkeypatch):
+    Card(monkeypatch, capability=(7, 5))
+    assert choose_device("auto", "auto")[1] == torch.float32
+
+
+def test_a_card_that_this_torch_cannot_run_is_refused(monkeypatch):
+    Card(monkeypatch, capability=(7, 0), runs=False)
+    with pytest.raises(
+        UserError, match=r"V100 \(compute capability 7.0\).*no kernel image"
+    ) as told:
+        choose_device("auto", "auto")
+    assert "\n" not in str(told.value)
