@@ -681,12 +681,12 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         with writing(recording):
             soundfile.write(recording, example["audio"].samples().numpy(), data.SAMPLE_RATE)
     question = quote(example["prompt"].replace(data.AUDIO, ""))
-    command = f"python -m tools.ask {quote(str(folder))} {quote(str(recording))} {question}"
+    asking = f"python -m tools.ask {quote(str(folder))} {quote(str(recording))} {question}"
     print(f"""
 run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)
 best step   {best.get("step", "not validated")}  ({BEST}/; to test it: --eval-only --best)
 base        {base_folder}
-ask it      {command}
+ask it      {asking}
 its tree    ... --samples 8 --reference {quote(example["reference"])}
 see it all  python -m tools.report {quote(str(folder))}
 took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.1f} GB""")
