@@ -13,6 +13,7 @@ from pathlib import Path
 import data
 import train
 from corpora import synthetic
+from corpora.load import fingerprint
 from experiments.common import RESULTS, command_line, environment, rounded, table
 from upkeep.errors import UserError, command
 from upkeep.files import read_json, write_json
@@ -32,11 +33,13 @@ def configuration(folder: Path) -> train.Config:
 def measure(folder: Path, split: str) -> dict[str, float]:
     """By field, the percentage of the split's rows with the field whose answers have it right."""
     cfg = configuration(folder)
-    if cfg.data:
-        raise UserError(f"{folder} is of the corpus {cfg.data}: only synthetic rows can be made")
     sizes = {"train": cfg.train_rows, "validation": cfg.validation_rows, "test": cfg.test_rows}
     sizes |= {"tune": ROWS, "heard": ROWS}
-    rows = synthetic.rows(cfg.task, sizes, cfg.base_seed)[split]
+    splits = synthetic.rows(cfg.task, sizes, cfg.base_seed)
+    trained_on = read_json(cfg.base_folder / "base.json")["rows"]
+    if fingerprint(splits["train"], cfg.data) != trained_on:
+        raise UserError(f"{folder}: its base was trained on other rows, perhaps on some of these")
+    rows = splits[split]
     device, dtype = choose_device(cfg.device, cfg.dtype)
     model, tokenizer = train.load(cfg, device, dtype, cfg.resume_adapter)
     heard = data.Split(split, rows, cfg.cache_gb)

@@ -127,7 +127,12 @@ def odd_config(seed):
 
 def make_model(seed=2, scale=0.3):
     """Nothing of it at its initial value; scale: how far from uniform its distributions are."""
-    return shake(init_weights(SpeechLM(odd_config(seed)), 0), scale)
+    model = init_weights(SpeechLM(odd_config(seed)), 0)
+    for block in model.encoder.layers:  # their branches, begun small, would hide behind the rest
+        for last in (block.ff1.down_proj, block.attn.to_out, block.conv.down_conv):
+            last.weight.data *= 10
+        block.ff2.down_proj.weight.data *= 10
+    return shake(model, scale)
 
 
 def make_transformers(seed, folder, max_shard_size="1GB"):
