@@ -91,6 +91,14 @@ def compact(vocab_size: int, ctc_size: int, audio_token_index: int) -> SpeechCon
     return SpeechConfig(encoder, projector, text, audio_token_index=audio_token_index)
 
 
+def ends_of_branches(model: SpeechLM) -> list[nn.Module]:
+    """The layers whose outputs the encoder's blocks add up."""
+    ends = []
+    for block in model.encoder.layers:
+        ends += [block.ff1.down_proj, block.attn.to_out, block.conv.down_conv, block.ff2.down_proj]
+    return ends
+
+
 def init_weights(model: SpeechLM, seed: int) -> SpeechLM:
     """For a model to be trained from scratch: weights of variance 1 / fan_in, biases 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,14 +110,8 @@ def init_weights(model: SpeechLM, seed: int) -> SpeechLM:
                 module.bias.data.zero_()
     model.projector.query.data.normal_(0, 1, generator=generator)
     # What a Conformer block adds begins small: otherwise some seeds learn to spell much later.
-    for block in model.encoder.layers:
-        for last in (
-            block.ff1.down_proj,
-            block.attn.to_out,
-            block.conv.down_conv,
-            block.ff2.down_proj,
-        ):
-            last.weight.data *= 0.1
+    for last in ends_of_branches(model):
+        last.weight.data *= 0.1
     return model
 
 

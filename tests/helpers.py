@@ -21,7 +21,7 @@ import data
 import lora
 import train
 from model import EncoderConfig, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig
-from pretrain import init_weights
+from pretrain import ends_of_branches, init_weights
 from upkeep.files import read_json
 from upkeep.optim import Updater
 
@@ -128,10 +128,8 @@ def odd_config(seed):
 def make_model(seed=2, scale=0.3):
     """Nothing of it at its initial value; scale: how far from uniform its distributions are."""
     model = init_weights(SpeechLM(odd_config(seed)), 0)
-    for block in model.encoder.layers:  # their branches, begun small, would hide behind the rest
-        for last in (block.ff1.down_proj, block.attn.to_out, block.conv.down_conv):
-            last.weight.data *= 10
-        block.ff2.down_proj.weight.data *= 10
+    for last in ends_of_branches(model):  # begun small, they would hide behind the rest
+        last.weight.data *= 10
     return shake(model, scale)
 
 
