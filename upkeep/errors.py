@@ -3,6 +3,7 @@ how a program ends with it."""
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,22 +17,28 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """Bad input; the message names the file, the line and the reason."""
+    """Bad content of a file; the message names the file, the line and the reason."""
+
+
+# What libraries say, in errors of their own, where memory, handles or a disk fail.
+OF_THE_MACHINE = re.compile("allocate memory|out of memory|malloc|os error|system error", re.I)
 
 
 @contextlib.contextmanager
-def reading(file, expected: str):
-    """Around what reads a file that somebody else made: whatever that raises becomes a DataError of
-    one line, with the file's name and what was expected."""
+def reading(file, expected: str, mend: str = "restore it, or get another"):
+    """Around what reads a file that somebody else made: whatever that raises becomes one line with
+    the file's name. It is a DataError only where the content is not what was expected; that a file
+    cannot be read now says nothing of the file."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # each library has its own; a panic of Rust is no Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(
-            f"{file} cannot be read as {expected} ({reason[:300]}); restore it, or get another"
-        ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if isinstance(error, (OSError, MemoryError)) or OF_THE_MACHINE.search(reason):
+            later = f"when it can, the same command goes on; if it never can, {mend}"
+            raise UserError(f"{file} cannot be read now ({reason}); {later}") from None
+        raise DataError(f"{file} cannot be read as {expected} ({reason}); {mend}") from None
 
 
 @contextlib.contextmanager

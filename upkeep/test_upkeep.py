@@ -12,7 +12,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+import soundfile
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -37,7 +39,7 @@ from tests.helpers import (
 )
 from upkeep import checkpoints
 from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
-from upkeep.errors import DataError, UserError, command
+from upkeep.errors import DataError, UserError, command, reading
 from upkeep.files import lock
 from upkeep.machine import choose_device
 from upkeep.optim import Updater, learning_rate
@@ -206,16 +208,27 @@ def test_closed_streams_are_no_error(first_run, tmp_path):
     subprocess.run(["sh", "-c", closed, "sh", *command], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("damage", ["cut", "no tensors", "no step", "a list", "nan", "no moment"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, first_run, tmp_path, capsys):
-    """And what has another name there is not ours."""
-    run = tmp_path / "run"
-    command = tiny("--save-every 1", base=base_of(first_run), out=run)
+@pytest.fixture
+def stopped_run(first_run, tmp_path):
+    """The command of a run that was stopped with two checkpoints, and their folder."""
+    command = tiny("--save-every 1", base=base_of(first_run), out=tmp_path / "run")
     with pytest.raises(SystemExit), stopping_at(5):
         train.main(command)
-    checkpoints = run / "checkpoints" / "policy"
-    assert [path.name for path in saved_steps(checkpoints)] == ["step-000002", "step-000003"]
-    newest = checkpoints / "step-000003"
+    policy = tmp_path / "run" / "checkpoints" / "policy"
+    assert [path.name for path in saved_steps(policy)] == ["step-000002", "step-000003"]
+    return command, policy
+
+
+def all_files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no tensors", "no step", "a list", "nan", "no moment"])
+def test_a_damaged_checkpoint_stops_the_run(damage, stopped_run, first_run, capsys):
+    """Nothing is touched; one line says what to remove to go on from the one before. What has
+    another name there is not ours."""
+    command, policy = stopped_run
+    newest = policy / "step-000003"
     tensors = newest / "tensors.safetensors"
     if damage == "cut":
         os.truncate(tensors, 1000)
@@ -230,19 +243,88 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, first_run, tm
         name = next(name for name in saved if name.startswith("exp_avg."))
         saved[name] = saved[name] * math.nan if damage == "nan" else saved[name][:1].clone()
         save_file(saved, tensors)
-    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000009.bak")
-    (checkpoints / "step-last").write_text("mine")
+    shutil.copytree(policy / "step-000002", policy / "step-000009.bak")
+    (policy / "step-last").write_text("mine")
+    before = all_files(policy.parent.parent)
+    assert run_as_script(*command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and error.endswith(f"the one before, remove {newest}")
+    assert all_files(policy.parent.parent) == before
+    shutil.rmtree(newest)
     train.main(command)
-    assert "a checkpoint is damaged and left out" in capsys.readouterr().out
-    assert_same_run(first_run, run, base=False)
-    assert (checkpoints / "step-last").exists() and (checkpoints / "step-000009.bak").exists()
+    assert_same_run(first_run, policy.parent.parent, base=False)
+    assert (policy / "step-last").exists() and (policy / "step-000009.bak").exists()
+
+
+@pytest.mark.parametrize("trouble", ["memory", "handles", "share", "another rank", "folder"])
+def test_a_checkpoint_that_cannot_be_read_now_is_as_before(
+    trouble, stopped_run, first_run, monkeypatch, capsys
+):
+    command, policy = stopped_run
+    before = all_files(policy.parent.parent)
+    errors = {
+        "memory": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+        "handles": FileNotFoundError("No such file or directory: tensors.safetensors"),
+        "share": OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+        "another rank": MemoryError(),
+        "folder": PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+    }
+
+    def fail(*_):
+        raise errors[trouble]
+
+    with monkeypatch.context() as broken:
+        if trouble == "folder":
+            scan = os.scandir
+            listdir = os.listdir
+            broken.setattr(os, "scandir", lambda path: fail() if path == policy else scan(path))
+            broken.setattr(os, "listdir", lambda path: fail() if path == policy else listdir(path))
+        else:
+            broken.setattr(checkpoints, "load_file", fail)
+        assert run_as_script(*command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {policy}") and "cannot be read now" in error
+    assert all_files(policy.parent.parent) == before
+    train.main(command)
+    assert_same_run(first_run, policy.parent.parent, base=False)
+
+
+def test_only_content_is_bad(tmp_path):
+    """Whatever a library says of memory, handles and disks."""
+
+    def read(error):
+        with pytest.raises(UserError) as told, reading(tmp_path / "it", "a table"):
+            raise error
+        assert str(told.value).count("\n") == 0 and str(told.value).startswith(str(tmp_path))
+        return type(told.value)
+
+    for error in (
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError("no"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . can't allocate memory"),
+        SafetensorError("I/O error: Cannot allocate memory (os error 12)"),
+        soundfile.LibsndfileError(2),  # its SF_ERR_SYSTEM
+        soundfile.LibsndfileError(17),  # of malloc
+    ):
+        assert read(error) is UserError
+    for error in (
+        ValueError("column"),
+        KeyError("name"),
+        SafetensorError("Error while deserializing header: HeaderTooLarge"),
+        soundfile.LibsndfileError(1),  # format not recognised
+        EOFError(),
+    ):
+        assert read(error) is DataError
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
     weights = {"a": torch.tensor([1.0, math.inf])}
     adam = torch.optim.AdamW(weights.values())
-    with pytest.raises(DataError, match="step 7 is not saved.*value.a has values that are not fin"):
+    with pytest.raises(UserError, match="step 7 is not saved.*value.a has values that") as told:
         save_checkpoint(tmp_path, 7, weights, adam)
+    assert not isinstance(told.value, DataError)  # nobody's file is bad
     assert not saved_steps(tmp_path)
 
 
@@ -462,9 +544,7 @@ def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, here, updater.adam)
     saved = load_file(tmp_path / "step-000001" / "tensors.safetensors")  # true tensors
     monkeypatch.setattr(checkpoints, "load_file", lambda file: saved)
-    monkeypatch.setattr(
-        checkpoints, "refuse_unless_finite", lambda tensors, what: None
-    )  # no contents
+    monkeypatch.setattr(checkpoints, "is_finite", lambda tensor: True)  # they have no contents
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = {"a": torch.empty(5, 3, device="cuda", requires_grad=True)}
         updater = Updater(there.values(), grad_clip=1.0)
