@@ -21,7 +21,6 @@ import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from shlex import quote
 
 import numpy as np
 import soundfile
@@ -47,10 +46,10 @@ from lora import (
 )
 from model import SpeechLM, to_device
 from upkeep.errors import UserError, command, reading, writing
-from upkeep.files import check_same, lock, read_json, read_lines, write_json
+from upkeep.files import check_same, is_there, lock, read_json, read_lines, write_json
 from upkeep.flags import check_numbers, flag, make_parser
 from upkeep.log import Log, best_validation
-from upkeep.machine import choose_device, peak_memory
+from upkeep.machine import choose_device, peak_memory, quote
 from upkeep.optim import Updater, learning_rate
 from upkeep.processes import average, join_processes, rank, world
 
@@ -321,8 +320,10 @@ def load_rows(cfg: Config, splits=("train", "validation", "test")) -> dict[str, 
 def load(cfg: Config, device, dtype, adapter=""):
     """The base in eval mode, with an adapter if one is named, and its tokenizer."""
     folder = cfg.base_folder
+    if not is_there(folder):
+        raise UserError(f"the base {folder} is missing: its place is told from the run's folder")
     try:
-        if (folder / "tokenizer.model").exists():  # trained here
+        if is_there(folder / "tokenizer.model"):  # trained here
             tokenizer = data.Tokenizer(folder / "tokenizer.model")
             model = SpeechLM.from_pretrained(folder, device, dtype)
         else:
@@ -484,13 +485,14 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
 def finished(folder: Path, given: dict, adapter="adapter") -> Config:
     """The configuration of the finished run in a folder, with its adapter (or BEST), and what was
     given."""
-    if not (folder / "results.json").exists():
+    if not is_there(folder / "results.json"):
         raise UserError(f"{folder} holds no finished run: name one, or train it first")
-    saved = read_json(folder / "config.json")  # without paths; those that matter follow
-    kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    kept["data"] = read_json(folder / "results.json")["config"]["data"]
-    kept["base"] = os.path.normpath(folder / saved["base"])
-    if not (folder / adapter).exists():
+    with reading(folder, "a finished run"):
+        saved = read_json(folder / "config.json")  # without paths; those that matter follow
+        kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+        kept["data"] = read_json(folder / "results.json")["config"]["data"]
+        kept["base"] = os.path.normpath(folder / saved["base"])
+    if not is_there(folder / adapter):
         raise UserError(f"{folder} has no {adapter}: it was not validated, see --eval-every")
     own_adapter = {"resume_adapter": str(folder / adapter)}  # its own, wherever it began
     return Config(**(kept | given | own_adapter))
@@ -509,9 +511,9 @@ def evaluated(given: dict, adapter: str) -> Config:
     if not cfg.out:
         cfg.out = f"runs/{cfg.name}-{cfg.base_folder.resolve().name}-evaluation"
         folder = cfg.run_folder
-    if (folder / "results.json").exists():
+    if is_there(folder / "results.json"):
         return finished(folder, given, adapter)
-    if (folder / "config.json").exists():
+    if is_there(folder / "config.json"):
         raise UserError(
             f"{folder} holds an unfinished run: train it to its end, or choose another --out"
         )
@@ -560,13 +562,9 @@ def main(argv=None):
     began = time.time()
     cfg, eval_only = parse(argv)
     device, dtype = choose_device(cfg.device, cfg.dtype)
-    if cfg.init:
-        files = (cfg.base_folder / "config.json", cfg.base_folder / "tokenizer.json")
-        if not all(file.exists() for file in files):
-            raise UserError(
-                f"--init {cfg.init}: this is no folder with a checkpoint's config.json and "
-                "tokenizer.json"
-            )
+    for name in ("tokenizer.json", "config.json") if cfg.init else ():
+        if not is_there(cfg.base_folder / name):
+            raise UserError(f"--init {cfg.init}: this is no folder with a checkpoint's {name}")
     join_processes(device)
     if world() > 1 and (eval_only or cfg.update_prompts % world()):
         raise UserError(
@@ -599,9 +597,9 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     settings["base"] = os.path.relpath(base_folder, folder)
     settings["rows"] = fingerprint(sum(corpus.values(), []), cfg.data)
     if rank() == 0:
-        check_same(folder, settings, "config.json")
+        check_same(folder, settings, "config.json", asdict(Config()))
     title = f"test split, {len(corpus['test'])} rows"
-    if (folder / "results.json").exists():
+    if is_there(folder / "results.json"):
         results = read_json(folder / "results.json")
         print(f"{folder} is finished; its results:")
         show_table(title, {name: results[name] for name in ("base", "trained")})
@@ -612,7 +610,8 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     # Base: load it, or train it. LoRA, off for now.
     wanted = corpus if rank() == 0 else {"train": corpus["train"]}
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in wanted.items()}
-    chosen_by_hand = cfg.base and base_folder.exists()  # taken as it is
+    files = (base_folder / "base.json", base_folder / "model.safetensors")
+    chosen_by_hand = cfg.base and all(map(is_there, files))  # taken as it is
     if chosen_by_hand:
         rows = fingerprint(corpus["train"], cfg.data)
         if read_json(base_folder / "base.json").get("rows") != rows:
@@ -633,7 +632,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     # Measure it.
     if rank() == 0:
         with lora_disabled(model):
-            if not (folder / "base.json").exists():
+            if not is_there(folder / "base.json"):
                 answers = folder / "predictions-base.jsonl"
                 scores = evaluate(model, tokenizer, splits["test"], cfg, answers)
                 write_json(folder / "base.json", scores)
@@ -680,7 +679,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         recording = folder / "example.wav"
         with writing(recording):
             soundfile.write(recording, example["audio"].samples().numpy(), data.SAMPLE_RATE)
-    question = quote(example["prompt"].replace(data.AUDIO, ""))
+    question = quote(example["prompt"].removeprefix(data.AUDIO))
     asking = f"python -m tools.ask {quote(str(folder))} {quote(str(recording))} {question}"
     print(f"""
 run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)

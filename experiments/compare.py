@@ -199,7 +199,7 @@ def work(args, stage: str):
         lock(args.out, wait=False),
         ProcessPoolExecutor(args.processes, context, initializer=quiet) as pool,
     ):
-        check_same(args.out, {"run": RUN}, "config.json")
+        check_same(args.out, {"run": RUN}, "config.json", {}, {"config.json", *STAGES})
         futures = [pool.submit(*job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), stage, len(futures), disable=None):

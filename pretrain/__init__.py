@@ -4,6 +4,7 @@ and decoder. `cfg` is train.Config here.
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import data
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig, pad_ragged
 from upkeep.errors import writing
-from upkeep.files import check_same, lock, sync, write_file
+from upkeep.files import check_same, is_there, lock, sync, write_file
 from upkeep.log import Log
 from upkeep.optim import Updater, learning_rate
 
@@ -25,16 +26,15 @@ def make_base(cfg, train: data.Split, fingerprint: str, folder: Path, device):
     """Train the base unless it is there; waits where another run is training the same one.
     fingerprint: of the rows, with which alone it goes on."""
     settings = {name: getattr(cfg, name) for name in cfg.BASE} | {"rows": fingerprint}
-    if not folder.exists():
-        work = folder.with_name(folder.name + "-training")  # renamed when it is complete
-        with lock(work, wait=True):
-            if not folder.exists():
-                check_same(work, settings, "base.json")
-                train_base(cfg, train, work, device)
-                with writing(folder):
-                    os.rename(work, folder)
-                    shutil.rmtree(folder / "checkpoints")
-    check_same(folder, settings, "base.json")
+    defaults = asdict(type(cfg)())
+    whole = folder / "model.safetensors"  # the last to be written; then the checkpoints go
+    if is_there(folder / "checkpoints") or not is_there(whole):
+        with lock(folder, wait=True):
+            if not is_there(whole):
+                check_same(folder, settings, "base.json", defaults)
+                train_base(cfg, train, folder, device)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    check_same(folder, settings, "base.json", defaults)
 
 
 def train_base(cfg, train: data.Split, work: Path, device):
@@ -53,9 +53,12 @@ def train_base(cfg, train: data.Split, work: Path, device):
     else:
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
     train_sft(cfg, model, tokenizer, train, work, freeze_encoder=has_transcripts)
-    with writing(work):
-        model.save(work)
-        sync(work / "model.safetensors")
+    whole = work / "checkpoints" / "whole"
+    with writing(whole):
+        model.save(whole)
+        sync(whole / "model.safetensors")
+        for name in ("config.json", "model.safetensors"):
+            os.replace(whole / name, work / name)
 
 
 def compact(vocab_size: int, ctc_size: int, audio_token_index: int) -> SpeechConfig:

@@ -10,7 +10,7 @@ import tokenizers
 
 from data import AUDIO
 from upkeep.errors import DataError, reading
-from upkeep.files import read_json
+from upkeep.files import is_there, read_json
 
 # Templates may tell the date. Here it is one for ever, so that a run means the same tomorrow: that
 # of Granite Speech 3.3's model card.
@@ -27,7 +27,7 @@ class ChatTokenizer:
         self.folder = folder
         settings = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second prevails
-            if (folder / name).exists():
+            if is_there(folder / name):
                 values = read_json(folder / name)
                 settings |= {key: value for key, value in values.items() if value is not None}
         self.file = folder / "tokenizer.json"
@@ -86,9 +86,9 @@ class ChatTokenizer:
 def chat_template(folder: Path, settings: dict) -> str:
     """The conversation's format, wherever a checkpoint keeps it; of several, the default one."""
     source = settings.get("chat_template")
-    if (folder / "chat_template.json").exists():
+    if is_there(folder / "chat_template.json"):
         source = read_json(folder / "chat_template.json").get("chat_template")
-    if (folder / "chat_template.jinja").exists():
+    if is_there(folder / "chat_template.jinja"):
         with reading(folder / "chat_template.jinja", "text"):
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8-sig")
     if isinstance(source, list):

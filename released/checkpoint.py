@@ -9,7 +9,7 @@ from lora import load_adapter, lora_layers
 from model import SpeechLM
 from released.config import without_weights
 from upkeep.errors import DataError, reading
-from upkeep.files import read_json
+from upkeep.files import is_there, read_json
 from upkeep.tensors import read_tensors
 
 
@@ -26,7 +26,7 @@ def load_model(folder, device="cpu", dtype=None) -> SpeechLM:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors = read_tensors(weight_files(folder), shapes, device, dtype)
     model.load_state_dict(tensors, assign=True)
-    if (folder / "adapter_config.json").exists():
+    if is_there(folder / "adapter_config.json"):
         load_adapter(model, folder)
         fold(model)
         model.requires_grad_(True)
@@ -44,7 +44,7 @@ INDEX = "model.safetensors.index.json"
 def weight_files(folder: Path) -> list[Path]:
     """The files that the index names: stale shards may lie beside them."""
     index = folder / INDEX
-    if not index.exists():
+    if not is_there(index):
         return [folder / "model.safetensors"]
     with reading(index, "an index of safetensors files"):
         names = sorted(set(read_json(index)["weight_map"].values()))

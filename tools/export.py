@@ -21,7 +21,7 @@ from lora import read_adapter
 from released.checkpoint import INDEX, weight_files
 from released.config import without_weights
 from upkeep.errors import DataError, UserError, command, reading, writing
-from upkeep.files import read_json, sync
+from upkeep.files import is_there, read_json, sync
 from upkeep.tensors import is_finite, our_name
 
 # What else belongs to a checkpoint: settings, tokenizer, preprocessor, chat template.
@@ -35,15 +35,15 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
     cfg = train.finished(run, {})
     out = out.resolve()
     checkpoint = cfg.base_folder
-    if (checkpoint / "tokenizer.model").exists():
+    if is_there(checkpoint / "tokenizer.model"):
         raise UserError(
             f"{run} did not begin with --init: its base, {checkpoint}, is no released checkpoint, "
             "and nothing but this code reads it"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already, and not empty: choose another folder")
     adapters = [Path(cfg.resume_adapter)]
-    if (checkpoint / "adapter_config.json").exists():
+    if is_there(checkpoint / "adapter_config.json"):
         adapters.append(checkpoint)
     updates = lora_updates(checkpoint, adapters)
     shards = plan_shards(weight_files(checkpoint), max_shard_size)

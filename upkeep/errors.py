@@ -21,7 +21,9 @@ class DataError(UserError):
 
 
 # What libraries say, in errors of their own, where memory, handles or a disk fail.
-OF_THE_MACHINE = re.compile("allocate memory|out of memory|malloc|os error|system error", re.I)
+OF_THE_MACHINE = re.compile(
+    r"allocate memory|out of memory|malloc|os error|system error|DataLoader worker \(pid", re.I
+)
 
 
 @contextlib.contextmanager
@@ -38,7 +40,16 @@ def reading(file, expected: str, mend: str = "restore it, or get another"):
         if isinstance(error, (OSError, MemoryError)) or OF_THE_MACHINE.search(reason):
             later = f"when it can, the same command goes on; if it never can, {mend}"
             raise UserError(f"{file} cannot be read now ({reason}); {later}") from None
+        if is_lfs_pointer(file):
+            reason = "it is a pointer of Git LFS, not the file itself"
+            mend = "run `git lfs pull` where it comes from"
         raise DataError(f"{file} cannot be read as {expected} ({reason}); {mend}") from None
+
+
+def is_lfs_pointer(file) -> bool:
+    with contextlib.suppress(OSError, ValueError), open(file, "rb") as content:
+        return content.read(42) == b"version https://git-lfs.github.com/spec/v1"
+    return False
 
 
 @contextlib.contextmanager
@@ -60,7 +71,8 @@ def command(main):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))
     # A log file shows each line as it comes, and what a terminal cannot show is escaped.
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -1,5 +1,7 @@
 """Files whole or not at all, and folders that belong to one process and one configuration."""
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,19 +11,37 @@ import filelock
 from upkeep.errors import UserError, reading, writing
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; UserError where that cannot be told now."""
+    nothing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+    with reading(path, "a file or folder"), nothing:
+        os.stat(path)
+        return True
+    return False
+
+
 def read_json(file) -> dict:
-    """The JSON object in a file; DataError where there is none."""
+    """The JSON object in a file; DataError where it holds none."""
     with reading(file, "a JSON object"):
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))  # a byte order mark may lead
-        if not isinstance(value, dict):
-            raise TypeError(f"it holds a {type(value).__name__}")
-        return value
+        return json_object(Path(file).read_text(encoding="utf-8-sig"))  # a byte order mark may lead
 
 
 def read_lines(path: Path) -> list[dict]:
     """The objects in a file that has one a line."""
-    with reading(path, "JSON, a line a row"):
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    with reading(path, "text"):
+        lines = path.read_bytes().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{path}, line {number},", "a JSON object"):
+            rows.append(json_object(line))
+    return rows
+
+
+def json_object(text) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError(f"it holds a {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value):
@@ -39,42 +59,60 @@ def write_file(path: Path, content: bytes):
 
 
 def sync(path: Path):
-    """Wait until a file or folder is on the disk; Windows has no such call for a folder."""
-    if os.name == "nt" and path.is_dir():
+    """Wait until a file or folder is on the disk; for a folder, Windows and some mounts cannot."""
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    os.fsync(handle)
-    os.close(handle)
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def lock(folder: Path, wait: bool):
     """Hold a folder for this process, as a context; wait for another process, or refuse."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return filelock.FileLock(folder / "lock").acquire(timeout=-1 if wait else 0)
-        except filelock.Timeout:
-            raise UserError(f"{folder} is in use by another process") from None
+    try:
+        return filelock.FileLock(folder / "lock").acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise UserError(f"{folder} is in use by another process") from None
+    except OSError as error:  # some mounts know no locks
+        reason = f"{folder} cannot be locked ({error.strerror or error})"
+        raise UserError(f"{reason}: choose another folder, on another disk") from None
 
 
-def check_same(folder: Path, settings: dict, file: str):
-    """A folder belongs to one configuration, which is in `file`: a new folder takes the settings,
-    any other is refused unless they are the same. Raises UserError with the difference."""
+# What a run or a base leaves in its folder. A log, a scheduler's output, .DS_Store are not ours.
+OURS = {"config.json", "base.json", "ctc.jsonl", "sft.jsonl", "policy.jsonl", "checkpoints"}
+OURS |= {"predictions-base.jsonl", "results.json", "adapter", "adapter-best", "model.safetensors"}
+
+
+def check_same(folder: Path, settings: dict, file: str, defaults: dict, ours=OURS):
+    """A folder belongs to one configuration, which is in `file`: where none of our files is there
+    besides, it takes the settings; any other is refused unless they are the same. A setting that
+    `file` does not know has its default. Raises UserError with the difference."""
     path = folder / file
-    before_training = {file, "lock", "tokenizer.model"}
-    before_training |= {name + ".tmp" for name in before_training}  # of a write that was killed
-    if {entry.name for entry in folder.iterdir()} <= before_training:
+    choose = "choose another folder with " + ("--base" if file == "base.json" else "--out")
+    with reading(folder, "a folder"):
+        found = ours & {entry.name for entry in folder.iterdir()}
+    if found and file not in found:
+        raise UserError(f"{folder} holds {min(found)} but no {file}: restore that, or {choose}")
+    there = read_json(path) if found else {}
+    if found <= {file} and there.keys() <= settings.keys():
         write_json(path, settings)
         return
-    there = read_json(path)
+    there = defaults | there
     different = [
         f"  {name}: {there.get(name)!r} there, {value!r} now"
         for name, value in settings.items()
         if there.get(name) != value
     ]
     if different:
-        choose = "--base" if file == "base.json" else "--out"
         raise UserError(
             f"{folder} belongs to another configuration:\n" + "\n".join(different) + "\n"
-            f"Change the flags back, choose another folder with {choose}, or remove this one"
+            f"Change the flags back, {choose}, or remove this one"
         )

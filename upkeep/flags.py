@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from dataclasses import field, fields
 
 
@@ -34,11 +35,18 @@ def make_parser(
         if isinstance(f.default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-            group.add_argument(name, help=text, **kind)
+            kind = words if type(f.default) is str else type(f.default)
+            group.add_argument(name, help=text, type=kind, choices=f.metadata["choices"])
     for name, text in switches.items():
         group.add_argument(name, action="store_true", help=text)
     return parser
+
+
+def words(value: str) -> str:
+    """A flag's text, with the ~ of --out=~/x, which shells leave; nothing is no value."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty; is a variable not set?")
+    return os.path.expanduser(value)
 
 
 def check_numbers(parser: argparse.ArgumentParser, cfg):

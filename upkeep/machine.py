@@ -1,6 +1,7 @@
 """The machine: the device to run on, and the memory that was used."""
 
 import math
+import shlex
 import sys
 
 import torch
@@ -66,3 +67,10 @@ def peak_memory(device: torch.device) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def quote(argument: str) -> str:
+    """An argument of a command as this system's shell reads it."""
+    if sys.platform == "win32":
+        return '"' + argument.replace('"', '\\"') + '"'
+    return shlex.quote(argument)

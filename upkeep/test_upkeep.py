@@ -1,12 +1,16 @@
 """upkeep/: nothing is lost; what the user can mend is one line; processes and cards."""
 
+import contextlib
 import errno
+import io
 import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from dataclasses import fields
@@ -27,6 +31,7 @@ from tests.helpers import (
     assert_same_run,
     base_of,
     by_letters,
+    edit_json,
     first_run,
     load_policy,
     make_model,
@@ -41,9 +46,11 @@ from upkeep import checkpoints
 from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
 from upkeep.errors import DataError, UserError, command, reading
 from upkeep.files import lock
-from upkeep.machine import choose_device
+from upkeep.machine import choose_device, quote
 from upkeep.optim import Updater, learning_rate
 from upkeep.tensors import our_name, transformers_name
+
+fcntl = pytest.importorskip("fcntl")  # and /proc: these tests are for Linux
 
 __all__ = ["first_run", "seeded"]  # fixtures
 
@@ -384,6 +391,160 @@ def test_a_folder_serves_one_process_and_is_taken_by_what_trains_there(
     (run / "results.json").write_text("{")
     with pytest.raises(DataError, match=r"results.json cannot be read"):
         train.main(command)
+
+
+def test_files_of_others_do_no_harm(first_run, tmp_path):
+    """A log by tee, a scheduler's output, what a file manager leaves: the folder is new all the same,
+    and so is an empty --base."""
+    run, base = tmp_path / "run", tmp_path / "a base"
+    for folder in (run, base):
+        folder.mkdir()
+        (folder / ".DS_Store").write_text("theirs")
+    (run / "train.log").write_text("theirs")
+    with pytest.raises(SystemExit), stopping_at(2):  # in CTC
+        train.main(tiny("--lr 0.5", base=base, out=run))
+    train.main(tiny(base=base, out=run))  # nothing of the run was begun yet
+    assert same_weights(base / "model.safetensors", base_of(first_run) / "model.safetensors")
+    assert_same_run(first_run, run, base=False)
+    assert {(run / name).read_text() for name in (".DS_Store", "train.log")} == {"theirs"}
+    assert not (base / "checkpoints").exists()
+
+
+def same_weights(a, b):
+    one, other = load_file(a), load_file(b)
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(first_run, tmp_path, capsys):
+    """Files that were ours are to be restored; a stranger's are neither taken for ours nor lost."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "policy.jsonl").write_text("")
+    assert run_as_script(*tiny(base=base_of(first_run), out=run)) == 2
+    words = f"{run} holds policy.jsonl but no config.json: restore that, or choose another folder"
+    assert words in capsys.readouterr().err
+    (run / "policy.jsonl").unlink()
+    theirs = '{"architectures": ["Theirs"]}'
+    (run / "config.json").write_text(theirs)
+    assert run_as_script(*tiny(base=base_of(first_run), out=run)) == 2
+    assert "belongs to another configuration" in capsys.readouterr().err
+    assert (run / "config.json").read_text() == theirs
+    assert run_as_script(*tiny(base=run, out=tmp_path / "other")) == 2
+    assert f"{run} holds config.json but no base.json" in capsys.readouterr().err
+    (run / "results.json").write_text(theirs)
+    assert run_as_script("--eval-only", "--out", run) == 2
+    error = capsys.readouterr().err
+    assert "cannot be read as a finished run" in error and error.count("\n") == 1
+
+
+def test_a_flag_that_is_newer_than_the_run_has_its_default(first_run, capsys):
+    run = first_run.parent / "older"
+    shutil.copytree(first_run, run)
+    for name in ("rescore", "terms"):
+        edit_json(run / "config.json", **{name: ...})
+    train.main(tiny(out=run))
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"(?s)another configuration.*terms: 'both' there"):
+        train.main(tiny("--terms local", out=run))
+
+
+def test_lines_that_are_none(first_run, capsys):
+    """Torn by a kill, zeros after a power cut: one line that says which."""
+    run = first_run.parent / "torn"
+    shutil.copytree(first_run, run)
+    (run / "results.json").unlink()
+    lines = (run / "policy.jsonl").read_bytes().splitlines()
+    for bad in (lines[1][:20], bytes(40), b"3"):
+        (run / "policy.jsonl").write_bytes(b"\n".join([lines[0], bad, *lines[2:]]))
+        with pytest.raises(DataError, match=r"policy.jsonl, line 2, cannot be read") as told:
+            train.main(tiny(out=run))
+        assert "\n" not in str(told.value)
+
+
+def test_no_folder_with_an_open_file_is_renamed(first_run, tmp_path, monkeypatch):
+    """Windows refuses that; so the lock of a base must not be in a folder that is renamed."""
+    rename = os.rename
+
+    def on_windows(source, target):
+        for handle in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the listing's own
+                if os.readlink(f"/proc/self/fd/{handle}").startswith(f"{source}{os.sep}"):
+                    raise PermissionError(errno.EACCES, f"in use: {source}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", on_windows)
+    train.main(tiny(out=tmp_path / "run"))
+    assert_same_run(first_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_mount_that_syncs_no_folders(number, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def picky(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    weights = {"a": torch.ones(2)}
+    save_checkpoint(tmp_path, 7, weights, torch.optim.AdamW(weights.values()))
+    assert [path.name for path in saved_steps(tmp_path)] == ["step-000007"]
+    number = errno.EIO  # any other error is one
+    with pytest.raises(UserError, match="cannot be written"):
+        save_checkpoint(tmp_path, 8, weights, torch.optim.AdamW(weights.values()))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_mount_that_knows_no_locks(number, tmp_path, monkeypatch, capsys):
+    def flock(handle, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run_as_script(*tiny(out=tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'run'} cannot be locked")
+    assert "choose another folder" in error and error.count("\n") == 1
+
+
+def test_a_path_that_nobody_may_read(first_run, monkeypatch, capsys):
+    """Not even whether it is there is known: one line, and not that it is missing."""
+    closed = str(first_run)
+
+    def denied(path, *args, original=os.stat, **kwargs):
+        if str(path).startswith(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", denied)
+    assert run_as_script("--eval-only", "--out", first_run) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be read now (PermissionError" in error
+
+
+def test_a_stdout_that_cannot_be_set(monkeypatch):
+    """A notebook's."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    command(lambda: print("said"))
+    assert sys.stdout.getvalue() == "said\n"
+
+
+def test_paths_as_shells_leave_them(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/her")
+    cfg, _ = train.parse(["--out=~/runs/a", "--data", "~", "--system-prompt", "Is ~ a tilde?"])
+    assert (cfg.out, cfg.data) == ("/home/her/runs/a", "/home/her")
+    assert cfg.system_prompt == "Is ~ a tilde?"
+    for flag in ("--data", "--resume-adapter", "--out", "--lora-targets"):
+        assert run_as_script(flag, "") == 2
+        assert f"argument {flag}: it is empty" in capsys.readouterr().err
+
+
+def test_commands_are_quoted_for_the_system_they_are_printed_on(monkeypatch):
+    for text in ("", "a b", data.AUDIO + 'What\'s "it"?'):
+        assert shlex.split(quote(text)) == [text]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert quote("C:\\my runs\\a") == '"C:\\my runs\\a"' and quote("") == '""'
+    assert quote('<|audio|>What\'s "it"?') == '"<|audio|>What\'s \\"it\\"?"'
 
 
 def run_as_script(*flags):
