@@ -5,12 +5,14 @@ audio paths relative to it.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import stat
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from corpora import mp3
 from data import AUDIO, SAMPLE_RATE, WINDOW, spoken_words
-from upkeep.errors import DataError, reading, writing
+from upkeep.errors import DataError, UserError, is_lfs_pointer, reading, writing
+from upkeep.files import is_there
 
 # --------------------------------------------------------------------------------------------------
 # A recording
@@ -39,60 +43,99 @@ class Recording(str):
         """
         with reading(self, "audio"):
             audio, rate = decode(self, max_seconds)
-        if len(audio) * SAMPLE_RATE < WINDOW * rate:
-            raise DataError(f"{self} is empty, or shorter than {1000 * WINDOW // SAMPLE_RATE} ms")
-        if not audio.abs().max() < LOUDEST:
-            raise DataError(f"{self} holds samples that are not finite, or absurdly large")
-        return audio if rate == SAMPLE_RATE else resample(audio, rate)
+            if len(audio) * SAMPLE_RATE < WINDOW * rate:
+                shortest = 1000 * WINDOW // SAMPLE_RATE
+                raise DataError(f"{self} is empty, or shorter than {shortest} ms")
+            if not audio.abs().max() < LOUDEST:
+                raise DataError(f"{self} holds samples that are not finite, or absurdly large")
+            return audio if rate == SAMPLE_RATE else resample(audio, rate)
 
 
 LOUDEST = 1e15  # full scale is 1; beyond, float32 cannot hold the power spectrum
-# What libsndfile's log says of a file that ends too early: a size in the header, or Ogg's last page.
-PROMISED_BYTES = re.compile(
-    r"^ *(?:data|SSND|Data Size|BODY|riff|Riff size) *: (\d+) \(should be", re.MULTILINE
+# What libsndfile's log says of a size in the header that is not the file's, and of Ogg's last page.
+SIZES = re.compile(
+    r"^ *(?:data|SSND|Data Size|BODY|riff|Riff size) *: (\d+) \(should be (\d+)", re.MULTILINE
 )
+NO_SIZE = 2**30 - 2**16  # from here on a size stands for none: that is what pipes are given
 NO_LAST_PAGE = re.compile(r"Ogg ?: (?:Last page lacks|Junk after the last page)")
+UNKNOWN = 2**63 - 1  # libsndfile's number of frames where the header tells none
+NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class Content(io.BytesIO):
+    def __repr__(self):
+        return "it"  # in soundfile's errors, which would show an address
+
+
+class Sound(soundfile.SoundFile):
+    """A recording that is read once from its beginning to its end."""
+
+    def __init__(self, content: bytes):
+        super().__init__(Content(content))
+
+    def seekable(self) -> bool:
+        return False  # else soundfile seeks after every block, and some files cannot
 
 
 def decode(file: str, max_seconds: float) -> tuple[torch.Tensor, int]:
     """(samples,) float32, the mean of a recording's channels, and its rate in Hz. Raises DataError
     where it is cut short or longer than max_seconds, and whatever libsndfile raises."""
-    if not Path(file).is_file():
-        raise DataError(f"audio file {file} does not exist")
-    source = file
-    with open(file, "rb") as raw:
-        start = raw.read(2**16)
-        at = start.find(b"data")
-        if start.startswith(b"RIFF") and start[at : at + 8] == b"data\0\0\0\0":
-            # Written to a pipe, where nobody can go back and fill in the size.
-            whole = bytearray(start + raw.read())
-            whole[at + 4 : at + 8] = b"\xff" * 4
-            source = io.BytesIO(whole)
-    blocks = [torch.empty(0)]
-    length = 0
-    with soundfile.SoundFile(source) as recording:
-        rate = recording.samplerate
-        # How many frames there are is known at the end: of an MP3 libsndfile may only guess it.
-        while length <= max_seconds * rate:
-            block = recording.read(2**16, dtype="float32", always_2d=True)  # (frames, channels)
-            if len(block) == 0:
-                break
-            blocks.append(torch.from_numpy(block).mean(1))
-            length += len(block)
-        frames = recording.frames
+    content = with_size(read_file(file))
+    if content.startswith(b"OggS") and content.count(b"OggS\0\2") > 1:  # pages that begin one
+        raise DataError(f"{file} is a chain of OGG recordings, of which only one would be read")
+    is_mp3 = file.lower().endswith(".mp3")  # junk may hide its beginning
+    with contextlib.suppress(soundfile.LibsndfileError), Sound(content) as recording:
         is_mp3 = recording.format == "MP3"
-        log = recording.extra_info
-    if length > max_seconds * rate:
-        raise DataError(f"{file} lasts longer than --max-audio-seconds {max_seconds:g}")
-    # An MP3 without either header does not say how long it is: libsndfile only guessed.
-    frames_known = not is_mp3 or b"Xing" in start or b"Info" in start
-    frames_missing = frames_known and frames - length > rate / 10
-    # A size from 2 GB on stands for none: that is what a pipe is given.
-    sizes = [int(size) for size in PROMISED_BYTES.findall(log)]
-    bytes_missing = any(size < 2**31 - 2**16 for size in sizes)
-    if frames_missing or bytes_missing or NO_LAST_PAGE.search(log):
-        raise DataError(f"{file} is cut short: it holds less than it says")
+    blocks = [torch.empty(0)]
+    length = rate = 0
+    for part in mp3.recordings(content) if is_mp3 else [content]:
+        start = length
+        with Sound(part) as recording:
+            if rate not in (0, recording.samplerate):
+                raise DataError(f"{file} is joined of recordings of different rates")
+            rate = recording.samplerate
+            while length <= max_seconds * rate:
+                block = recording.read(2**16, dtype="float32", always_2d=True)  # (frames, channels)
+                if len(block) == 0:
+                    break
+                blocks.append(torch.from_numpy(block).mean(1))
+                length += len(block)
+            frames = recording.frames
+            log = recording.extra_info
+        if length > max_seconds * rate:
+            raise DataError(f"{file} lasts longer than --max-audio-seconds {max_seconds:g}")
+        missing = [frames - (length - start)] if frames < UNKNOWN else []
+        for promised, there in SIZES.findall(log):
+            if int(promised) < NO_SIZE and int(there) > 0:
+                missing.append(abs(int(promised) / int(there) - 1) * length)
+        if max(missing, default=0) > rate / 10 or NO_LAST_PAGE.search(log):
+            raise DataError(f"{file} is cut short: it holds less than it says")
     return torch.cat(blocks), rate
+
+
+def read_file(file: str) -> bytes:
+    """A recording's bytes; DataError where there is none. Any other OSError is not the row's."""
+    try:
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return Path(file).read_bytes()
+    except OSError as error:
+        if error.errno not in NO_SUCH_FILE:
+            raise
+    except ValueError:  # a NUL in the name
+        pass
+    raise DataError(f"audio file {str(file)!r:.300} does not exist")
+
+
+def with_size(content: bytes) -> bytes:
+    """A WAV whose samples have no size, since it was written to a pipe, where nobody can go back and
+    fill it in: with the size that stands for none."""
+    at = 12  # of a chunk: name, size, content
+    while content.startswith(b"RIFF") and at + 8 <= len(content):
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        if content[at : at + 4] == b"data":
+            return content if size else content[: at + 4] + b"\xff" * 4 + content[at + 8 :]
+        at += 8 + size + size % 2
+    return content
 
 
 def resample(audio: torch.Tensor, rate: int) -> torch.Tensor:
@@ -133,11 +176,11 @@ def load_corpus(
     max_seconds: float,
     skip_bad_rows: bool = False,
     splits: tuple[str, ...] = ("train", "validation", "test"),
-    checked: Path | None = None,
+    checked: Path = Path(os.devnull),
 ) -> dict[str, list[dict]]:
     """Read the splits and check every row before anything else happens; DataError lists the bad.
 
-    checked: a file that remembers what was found, so that unchanged recordings are not decoded again.
+    checked: a file that remembers good recordings, so that they are not decoded again.
     """
     folder = Path(folder)
     corpus = {}
@@ -146,15 +189,16 @@ def load_corpus(
         file = folder / f"{split}.jsonl"
         rows = {}  # by line
         reasons = {}
-        for number, line in enumerate(manifest_lines(file), start=1):
-            if not line.strip():
-                continue
-            try:
-                rows[number] = parse_row(line, folder)
-            except DataError as error:
-                reasons[number] = error
-            except Exception as error:  # 5,000 digits, a thousand brackets: no row ends the check
-                reasons[number] = f"{type(error).__name__}: {error}"
+        with reading(file, "a manifest"):
+            for number, line in enumerate(manifest_lines(file), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    rows[number] = parse_row(line, folder)
+                except DataError as error:
+                    reasons[number] = error
+                except (ValueError, RecursionError) as error:  # 5,000 digits, a thousand brackets
+                    reasons[number] = f"{type(error).__name__}: {error}"
         refused = check_recordings(
             file, [row["audio"] for row in rows.values()], max_seconds, checked
         )
@@ -179,16 +223,16 @@ def load_corpus(
 
 def manifest_lines(file: Path) -> list[bytes]:
     """The lines of a split; DataError where the file as a whole is of another kind."""
-    with reading(file, "a manifest"):
-        if not file.is_file():
-            raise DataError(
-                f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, "
-                "test.jsonl"
-            )
-        content = file.read_bytes()
+    if not is_there(file):
+        raise DataError(
+            f"{file} is missing: a corpus is a folder with train.jsonl, validation.jsonl, test.jsonl"
+        )
+    content = file.read_bytes()
     kind = json.detect_encoding(content)
     if content.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
         kind = "compressed (gzip or the like)"
+    if is_lfs_pointer(file):
+        kind = "a pointer of Git LFS, not the file itself"
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         with contextlib.suppress(ValueError, RecursionError):  # only its first row begins like one
             json.loads(content)
@@ -235,58 +279,77 @@ def parse_row(line: bytes, folder: Path) -> dict:
 
 
 def check_recordings(
-    file: Path, paths: list[str], max_seconds: float, checked: Path | None
+    file: Path, paths: list[str], max_seconds: float, checked: Path
 ) -> dict[str, str]:
-    """{path: reason} of a manifest's recordings that are refused. All are decoded whole, by
-    as many processes as there are cores, unless the file `checked` remembers the same recordings."""
-    paths = sorted(set(paths))
-    found = [soundfile.__libsndfile_version__, max_seconds]
-    for path in paths:
-        status = None
-        with contextlib.suppress(OSError, ValueError):
-            status = os.stat(path)
-        found.append([path, status and status.st_size, status and status.st_mtime_ns])
-    state = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    remembered = {}
-    if checked is not None:
-        with contextlib.suppress(OSError, ValueError):  # none yet, or it was cut short
-            remembered = json.loads(checked.read_text(encoding="utf-8"))
-    name = str(file.resolve())
-    if remembered.get(name, {}).get("state") == state:
-        return remembered[name]["refused"]
-
+    """{path: reason} of a manifest's recordings that are refused. All are decoded whole, by as many
+    processes as there are cores, but for those that are in the file `checked`, a line each that was
+    good. What is refused is looked at again, and what cannot be read now ends the check."""
+    good = remembered(checked)
+    keys = {path: key_of(path) for path in sorted(set(paths))}
+    unknown = [path for path, key in keys.items() if not good.get(key, math.inf) <= max_seconds]
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # those that this process may use
         cores = len(os.sched_getaffinity(0))
     loader = DataLoader(
-        paths,
+        unknown,
         batch_size=16,
-        num_workers=min(cores, len(paths) // 64),  # a few are not worth a process
-        collate_fn=partial(refusals, max_seconds),  # runs in the workers
+        num_workers=min(cores, len(unknown) // 64),  # a few are not worth a process
+        collate_fn=partial(listen, max_seconds),  # runs in the workers
         generator=torch.Generator(),  # leaves the global one alone
     )
     refused = {}
-    with tqdm(total=len(paths), desc=f"checking {file.name}", leave=False, disable=None) as bar:
-        for count, reasons in loader:
-            refused |= reasons
-            bar.update(count)
-    if checked is not None:
-        remembered[name] = {"state": state, "refused": refused}
-        with writing(checked):
-            checked.parent.mkdir(parents=True, exist_ok=True)
-            checked.write_text(json.dumps(remembered), encoding="utf-8")
+    title = f"checking {file.name}"
+    with (
+        reading(f"{file}: a recording", "audio"),  # a worker may be killed
+        tqdm(total=len(unknown), desc=title, leave=False, disable=None) as bar,
+    ):
+        for heard in loader:
+            lines = []
+            for path, seconds, error in heard:
+                if error is None:
+                    lines.append("\n" + json.dumps([*keys[path], seconds]))
+                elif isinstance(error, DataError):
+                    refused[path] = str(error)
+                else:
+                    raise error
+            with writing(checked):
+                checked.parent.mkdir(parents=True, exist_ok=True)
+                with open(checked, "a", encoding="utf-8") as memory:
+                    memory.write("".join(lines))
+            bar.update(len(heard))
     return refused
 
 
-def refusals(max_seconds: float, paths: list[str]) -> tuple[int, dict[str, str]]:
-    """How many recordings were decoded, and why some of them are refused."""
-    reasons = {}
+def listen(max_seconds: float, paths: list[str]) -> list[tuple[str, float, UserError | None]]:
+    """How many seconds each recording lasts, and what is wrong."""
+    heard = []
     for path in paths:
         try:
-            Recording(path).samples(max_seconds)
-        except DataError as error:
-            reasons[path] = str(error)
-    return len(paths), reasons
+            samples = Recording(path).samples(max_seconds)
+            heard.append((path, len(samples) * 1000 // SAMPLE_RATE / 1000, None))
+        except UserError as error:
+            heard.append((path, math.nan, error))
+    return heard
+
+
+def key_of(path: str) -> tuple:
+    """What a recording is known by; another libsndfile may find it otherwise."""
+    size = time = None
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        size, time = status.st_size, status.st_mtime_ns
+    return soundfile.__libsndfile_version__, path, size, time
+
+
+def remembered(checked: Path) -> dict[tuple, float]:
+    """{key: seconds} of the good recordings in a file that check_recordings wrote."""
+    good = {}
+    with reading(checked, "text"), contextlib.suppress(FileNotFoundError):
+        for line in checked.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # empty, or cut short
+                *key, seconds = json.loads(line)
+                good[tuple(key)] = seconds
+    return good
 
 
 def fingerprint(rows: list[dict], folder) -> str:

@@ -1,10 +1,13 @@
 """corpora/load.py: recordings of any kind, a folder checked whole, fingerprints."""
 
+import errno
 import gzip
+import io
 import json
 import math
 import os
 import random
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import data
 from corpora import load
 from data import AUDIO
 from tests.helpers import first_run, near, rand, seeded, write_corpus, write_tone
-from upkeep.errors import DataError
+from upkeep.errors import DataError, UserError
 
 __all__ = ["first_run", "seeded"]  # fixtures
 
@@ -97,6 +100,44 @@ def part(share):
     return lambda content: content[: int(len(content) * share)]
 
 
+def with_chunk(wav, name, content):
+    """Before the format."""
+    return wav[:12] + name + len(content).to_bytes(4, "little") + content + wav[12:]
+
+
+def of_unknown_length(flac):
+    """As an encoder writes to a pipe: no number of samples, no checksum of them."""
+    assert flac[:4] == b"fLaC"
+    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(20) + flac[42:]
+
+
+def id3(text, size):
+    """A tag with a text at its beginning."""
+    head = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\4\0\0" + head + text.encode().ljust(size, b"\0")
+
+
+def with_count(mp3, count):
+    """Another number of frames in the first frame; None: it has none at all."""
+    at = mp3.index(b"Xing") if b"Xing" in mp3 else mp3.index(b"Info")
+    flags = mp3[at + 7] & ~1 if count is None else mp3[at + 7]
+    return mp3[: at + 7] + bytes([flags]) + (count or 0).to_bytes(4, "big") + mp3[at + 12 :]
+
+
+def mp3_of(rate):
+    with io.BytesIO() as file:
+        soundfile.write(file, noisy_tone(rate=rate), rate, format="MP3")
+        return file.getvalue()
+
+
+def holed(mp3):
+    """Without its headers' first bytes in the middle, for a second."""
+    middle = len(mp3) // 2
+    return mp3[:middle] + bytes(len(mp3) // 4) + mp3[middle + len(mp3) // 4 :]
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+VBR = {"kind": "MP3", "bitrate_mode": "VARIABLE"}
 MP3 = {"kind": "MP3", "rate": 32000, "bitrate_mode": "CONSTANT", "compression_level": 0.5}
 QUIET_FIRST = np.concatenate([np.zeros(16000), noisy_tone(1.5, 32000)])
 USABLE = {
@@ -111,8 +152,35 @@ USABLE = {
     "wav of a pipe, -1": recording("WAV", with_size(2**32 - 1)),
     "wav of a pipe, 2 GB": recording("WAV", with_size(2**31 - 37)),
     "aiff": recording("AIFF"),
+    "dwvw": recording("AIFF", subtype="DWVW_16"),  # nobody can seek in it
     "loud": recording("WAV", samples=noisy_tone() * 3e4, subtype="FLOAT"),
     "prime rate": recording("WAV", rate=44101),
+    "wav of a pipe, 1 GB": recording("WAV", with_size(2**30 - 37)),
+    "wav of a pipe behind a chunk that holds a size of 0": recording(
+        "WAV", lambda wav: with_chunk(with_size(0)(wav), b"LIST", b"data\0\0\0\0")
+    ),
+    "wav of a pipe behind a large chunk": recording(
+        "WAV", lambda wav: with_chunk(with_size(0)(wav), b"JUNK", bytes(70_000))
+    ),
+    "wav with 44 bytes less than it says": recording("WAV", with_size(64_044)),
+    "flac of a pipe": recording("FLAC", of_unknown_length),
+    "joined mp3": recording(**VBR, samples=noisy_tone(1.0), change=lambda mp3: 2 * mp3),
+    "joined mp3 with tags": recording(
+        **VBR, samples=noisy_tone(1.0), change=lambda mp3: 2 * (id3("Info", 300) + mp3)
+    ),
+    "joined mp3, the second without a header": recording(
+        **VBR, samples=noisy_tone(1.0), change=lambda mp3: mp3 + without_header(mp3)
+    ),
+    "mp3 of varying bitrate without header, loud first": recording(
+        **VBR, samples=noisy_tone()[::-1] * np.linspace(3, 0.1, 32000) ** 2, change=without_header
+    ),
+    "mp3 whose header counts too few": recording(**VBR, change=lambda mp3: with_count(mp3, 9)),
+    "mp3 whose header counts nothing": recording(**VBR, change=lambda mp3: with_count(mp3, None)),
+    "mp3 with a word of headers in its tag": recording(
+        **MP3, change=lambda mp3: id3("Information", 40_000) + without_header(mp3)
+    ),
+    "mp3 behind zeros": recording(**MP3, change=lambda mp3: bytes(3000) + mp3),
+    "mp3 before tags": recording(**MP3, change=lambda mp3: mp3 + b"TAG" + bytes(125)),
 }
 REFUSED = {
     "absurd": ("absurd", recording("WAV", samples=noisy_tone() * 1e25, subtype="FLOAT")),
@@ -128,8 +196,16 @@ REFUSED = {
     "cut vorbis": ("cut short", recording("OGG", part(0.9))),
     "cut opus": ("cut short", recording("OGG", part(0.9), subtype="OPUS")),
     "cut mp3 with header": ("cut short", recording(**MP3, change=part(0.8))),
-    "dwvw": ("cannot be read", recording("AIFF", subtype="DWVW_16")),
     "raw": ("cannot be read", recording("RAW", subtype="PCM_16")),
+    "cut joined mp3": ("cut short", recording(**VBR, change=lambda mp3: 2 * mp3[:-4000])),
+    "mp3 of two rates": (
+        "different rates",
+        recording(**VBR, change=lambda mp3: mp3 + mp3_of(24000)),
+    ),
+    "mp3 with a hole": ("no MP3", recording(**MP3, change=lambda mp3: holed(without_header(mp3)))),
+    "chained vorbis": ("a chain of OGG", recording("OGG", change=lambda ogg: 2 * ogg)),
+    "chained opus": ("a chain of OGG", recording("OGG", lambda ogg: 2 * ogg, subtype="OPUS")),
+    "lfs pointer": ("Git LFS.*git lfs pull", lambda path: path.write_text(LFS_POINTER)),
     "a header alone": ("empty", recording("WAV", samples=np.zeros(0))),
     "too long": ("--max-audio-seconds 3", recording("WAV", samples=noisy_tone(3.1))),
 }
@@ -146,7 +222,7 @@ def corpus_with(folder, name, **fields):
 
 @pytest.mark.parametrize("name", USABLE)
 def test_what_passes_the_check_loads(name, tmp_path):
-    file = "odd." + ("raw" if name == "raw" else "sound")
+    file = "odd." + ("mp3" if "mp3" in name else "sound")
     USABLE[name](tmp_path / file)
     rows = load.load_corpus(corpus_with(tmp_path, file), 3, splits=("test",))["test"]
     audio = rows[1]["audio"].samples()
@@ -175,6 +251,7 @@ def test_what_does_not_load_is_refused_by_line(name, tmp_path, capsys):
         ("compressed", lambda lines: gzip.compress(b"\n".join(lines))),
         ("utf-16", lambda lines: b"\n".join(lines).decode().encode("utf-16")),
         ("utf-16-le", lambda lines: b"\n".join(lines).decode().encode("utf-16-le")),
+        ("a pointer of Git LFS", lambda lines: LFS_POINTER.encode()),
     ],
 )
 def test_a_manifest_of_another_kind_is_told_once(kind, content, tmp_path):
@@ -185,18 +262,37 @@ def test_a_manifest_of_another_kind_is_told_once(kind, content, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_what_was_checked_is_remembered(tmp_path, monkeypatch):
-    """By several processes, in order; unchanged recordings are not decoded a second time, a changed
-    one is, and so is everything under another limit."""
-    cut = part(0.9)
+def corpus_of(folder, count):
+    """One split of short good recordings; what is to be called to check it."""
     rows = []
-    for i in range(130):  # enough for two processes
-        write_tone(tmp_path / f"{i}.wav", 0.1, 16000)
+    for i in range(count):
+        write_tone(folder / f"{i}.wav", 0.4, 16000)
         rows.append({"audio": f"{i}.wav", "prompt": AUDIO + "?", "reference": "a"})
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return partial(load.load_corpus, folder, splits=("test",), checked=folder / "of" / "file")
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that are decoded, in this process."""
+    names = []
+
+    def decode(file, max_seconds, original=load.decode):
+        names.append(Path(file).name)
+        return original(file, max_seconds)
+
+    monkeypatch.setattr(load, "decode", decode)
+    monkeypatch.setattr(load, "DataLoader", lambda *a, num_workers, **k: DataLoader(*a, **k))
+    return names
+
+
+def test_what_was_checked_is_remembered(tmp_path, request, monkeypatch):
+    """By several processes, in order. What is unchanged and good is not decoded a second time; what
+    was refused, what is new and what changed is, and nothing else."""
+    check = corpus_of(tmp_path, 130)  # enough for two processes
     for i in (7, 100):
-        (tmp_path / f"{i}.wav").write_bytes(cut((tmp_path / f"{i}.wav").read_bytes()))
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    check = partial(load.load_corpus, tmp_path, splits=("test",), checked=tmp_path / "of" / "file")
+        content = (tmp_path / f"{i}.wav").read_bytes()
+        (tmp_path / f"{i}.wav").write_bytes(part(0.5)(content))
     torch.manual_seed(0)
     words = "(?s)2 bad rows.*line 8: .*cut short.*line 101: .*cut short"
     with pytest.raises(DataError, match=words):
@@ -204,25 +300,103 @@ def test_what_was_checked_is_remembered(tmp_path, monkeypatch):
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))  # the check draws no random number of the run's
-    decoded = []
-
-    def decode(file, max_seconds, original=load.decode):
-        decoded.append(Path(file).name)
-        return original(file, max_seconds)
-
-    monkeypatch.setattr(load, "decode", decode)
-    monkeypatch.setattr(load, "DataLoader", lambda *a, num_workers, **k: DataLoader(*a, **k))
+    decoded = request.getfixturevalue("decoded")
     with pytest.raises(DataError, match=words):
         check(3)
-    assert len(check(3, skip_bad_rows=True)["test"]) == 128 and decoded == []
-    write_tone(tmp_path / "7.wav", 0.1, 16000)
-    assert len(check(3, skip_bad_rows=True)["test"]) == 129 and "7.wav" in decoded
+    assert decoded == ["100.wav", "7.wav"]  # the refused alone: it may have been mended
+    write_tone(tmp_path / "7.wav", 0.4, 16000)
+    write_tone(tmp_path / "50.wav", 0.5, 16000)
     decoded.clear()
-    with pytest.raises(DataError, match="130 bad rows"):
-        check(0.01)
-    assert len(decoded) == 130
-    (tmp_path / "of" / "file").write_text('{"cut sh')
     assert len(check(3, skip_bad_rows=True)["test"]) == 129
+    assert decoded == ["100.wav", "50.wav", "7.wav"]
+    decoded.clear()
+    assert len(check(0.4, skip_bad_rows=True)["test"]) == 128  # their lengths are known
+    assert decoded == ["100.wav", "50.wav"]
+    lines = (tmp_path / "of" / "file").read_text()
+    (tmp_path / "of" / "file").write_text(lines[:-5])  # killed while the last was written
+    decoded.clear()
+    assert len(check(3, skip_bad_rows=True)["test"]) == 129
+    assert len(decoded) == 2 and "100.wav" in decoded
+    decoded.clear()
+    assert len(check(3, skip_bad_rows=True)["test"]) == 129 and decoded == ["100.wav"]
+    decoded.clear()
+    monkeypatch.setattr(soundfile, "__libsndfile_version__", "another")
+    assert len(check(3, skip_bad_rows=True)["test"]) == 129 and len(decoded) == 130
+
+
+def test_a_check_that_is_stopped_keeps_what_it_found(tmp_path, monkeypatch, decoded):
+    check = corpus_of(tmp_path, 40)
+    heard = []
+
+    def interrupted(self, max_seconds, original=load.Recording.samples):
+        heard.append(self)
+        if len(heard) == 35:
+            raise KeyboardInterrupt
+        return original(self, max_seconds)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(load.Recording, "samples", interrupted)
+        check(3)
+    decoded.clear()
+    assert len(check(3)["test"]) == 40 and len(decoded) == 8  # 32 were written, 16 by 16
+
+
+TROUBLES = {
+    "permission": (load.os, "stat", PermissionError(errno.EACCES, "Permission denied")),
+    "handles": (load.Path, "read_bytes", OSError(errno.EMFILE, "Too many open files")),
+    "share": (load.Path, "read_bytes", OSError(errno.EIO, "Input/output error")),
+    "memory": (load, "Sound", MemoryError()),
+    "torch's memory": (
+        load.torch,
+        "cat",
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ),
+    "libsndfile's memory": (load, "Sound", soundfile.LibsndfileError(17)),
+    "resampling": (load, "resample", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_of_the_machine_is_forgotten(trouble, tmp_path, monkeypatch, decoded):
+    """It ends the check with a line, is no property of a row, and when it is over the recording is
+    looked at again."""
+    check = corpus_of(tmp_path, 3)
+    write_tone(tmp_path / "1.wav", 0.1, 8000)
+    owner, name, error = TROUBLES[trouble]
+    original = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        if decoded[-1:] == ["1.wav"]:
+            raise error
+        return original(*args, **kwargs)
+
+    for skip in (False, True):
+        decoded.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(UserError, match=r"1\.wav cannot be read now \(") as told:
+                check(3, skip_bad_rows=skip)
+        assert not isinstance(told.value, DataError) and "\n" not in str(told.value)
+    assert len(check(3)["test"]) == 3
+
+
+def test_a_worker_that_is_killed_ends_the_check_with_a_line(tmp_path, monkeypatch):
+    """As by a system that is out of memory."""
+    check = corpus_of(tmp_path, 130)
+
+    def killed(self, max_seconds, original=load.Recording.samples, parent=os.getpid()):
+        assert os.getpid() != parent
+        if self.endswith("99.wav"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, max_seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+        patch.setattr(load.Recording, "samples", killed)
+        with pytest.raises(UserError, match=r"test.jsonl: a recording cannot be read now") as told:
+            check(3, skip_bad_rows=True)
+    assert not isinstance(told.value, DataError) and "\n" not in str(told.value)
+    assert len(check(3)["test"]) == 130
 
 
 def test_rows_are_told_apart_by_place_and_content(tmp_path):
@@ -280,14 +454,15 @@ def bad_lines(folder, row):
         "RecursionError": b'{"n": ' + 10**5 * b"[" + 10**5 * b"]" + b"}",
     }
     for reason, field, value in (
-        ("gone.wav does not exist", "audio", "gone.wav"),
-        ("audio file [^,]* does not exist", "audio", "."),
+        ("gone.wav' does not exist", "audio", "gone.wav"),
+        ("'[^,]*/a b.wav ' does not exist", "audio", "a b.wav "),
+        ("audio file '[^,]*' does not exist", "audio", "."),
         ("text.wav cannot be read", "audio", "text.wav"),
         ("empty.wav is empty", "audio", "empty.wav"),
         ("cut.flac", "audio", "cut.flac"),
         (r"long.wav lasts longer than --max-audio-seconds 2", "audio", "long.wav"),
-        ("audio .*File name too long", "audio", "a" * 5000),
-        ("audio .*does not exist|null", "audio", "a\0b"),
+        ("audio file '.*aaa does not exist", "audio", "a" * 5000),
+        (r"a\\x00b' does not exist", "audio", "a\0b"),
         ("'audio' is missing", "audio", ...),
         ("'prompt' is missing", "prompt", ...),
         ("'slots' is neither a list nor an object", "slots", "ja"),
