@@ -3,7 +3,8 @@
     python -m tools.ask RUN AUDIO "question"
 
 prints the greedy answer; with --samples 8 also the prefix tree of 8 sampled ones; and with
---reference TEXT besides, their rewards, the values of prefixes and every token's credit.
+--reference TEXT besides, their rewards, the values of prefixes and every token's credit. The
+recording comes before the question, or where the question has <|audio|>.
 """
 
 import argparse
@@ -23,7 +24,8 @@ def ask(
     """Print the answer of a finished run, and with samples the prefix tree of so many responses."""
     cfg = train.finished(run, {"device": device}, adapter)
     torch_device, dtype = choose_device(cfg.device, cfg.dtype)
-    row = {"audio": Recording(audio), "prompt": data.AUDIO + question, "reference": reference}
+    prompt = question if data.AUDIO in question else data.AUDIO + question
+    row = {"audio": Recording(audio), "prompt": prompt, "reference": reference}
     split = data.Split("asked", [row], cfg.cache_gb)
     model, tokenizer = train.load(cfg, torch_device, dtype, cfg.resume_adapter)
     split.hear(model, tokenizer)
@@ -66,8 +68,8 @@ def main(argv=None):
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
-    if data.AUDIO in args.question or not args.question.strip():
-        parser.error(f"the question must be text, without {data.AUDIO}")
+    if args.question.count(data.AUDIO) > 1:
+        parser.error(f"the question may hold {data.AUDIO} once")
     if args.samples < 0 or args.samples == 1:
         parser.error("--samples must be 2 or more, which a tree needs, or 0")
     if args.reference and not args.samples:

@@ -1,6 +1,8 @@
 """tools.ask, on a run in miniature."""
 
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import train
-from tests.helpers import ROOT, first_run, read_json_lines, seeded, write_corpus
+from tests.helpers import ROOT, first_run, read_json_lines, seeded, tiny, write_corpus
 from tools import ask
 from upkeep.errors import DataError, UserError
 from upkeep.tensors import transformers_name
@@ -82,7 +84,7 @@ def test_a_run_is_asked_by_its_folder_alone(first_run, tmp_path, monkeypatch):
     assert cfg.resume_adapter == str(first_run / "adapter") and cfg.lora_r == 4
     assert cfg.base_folder.samefile(first_run.parent / "base-qa-seed0") and cfg.device == "cpu"
     shutil.copytree(first_run, tmp_path / "elsewhere" / "moved")
-    with pytest.raises(UserError, match=r"tokenizer.json"):
+    with pytest.raises(UserError, match="the base elsewhere/base-qa-seed0 is missing"):
         ask.main(["elsewhere/moved", str(first_run / "example.wav"), "?", "--device", "cpu"])
 
 
@@ -94,8 +96,7 @@ def test_a_run_is_asked_by_its_folder_alone(first_run, tmp_path, monkeypatch):
         (["What?", "--samples", "many"], "--samples"),
         (["What?", "--reference", "that"], "--samples"),
         (["What?", "--no-such-flag"], "no-such-flag"),
-        ([" "], "question"),
-        ([data.AUDIO + "What?"], data.AUDIO),
+        ([data.AUDIO + "What?" + data.AUDIO], data.AUDIO),
         ([], "question"),
     ],
 )
@@ -103,6 +104,27 @@ def test_a_bad_question_gets_exit_code_2(more, word, first_run, capsys):
     with pytest.raises(SystemExit) as stop:
         ask.main([str(first_run), str(first_run / "example.wav"), *more])
     assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+PROMPTS = ["{}", "Listen to this: {} What tone is it?", '{}It\'s "that", $HOME; `x`?', "Which? {}"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_printed_line_asks_what_was_trained(prompt, first_run, tmp_path, monkeypatch, capsys):
+    """The prompt of the example's row as it is, wherever its audio is, and without a word."""
+    corpus = write_corpus(tmp_path / "tones", rows=4)
+    prompt = prompt.format(data.AUDIO)
+    for file in corpus.glob("*.jsonl"):
+        rows = [row | {"prompt": prompt} for row in read_json_lines(file)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main(tiny("--steps 1 --ctc-steps 1 --sft-steps 1", data=corpus, out=tmp_path / "run"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ask it"))
+    asked = []
+    monkeypatch.setattr(train, "answer", lambda m, t, split, cfg: [asked.append(split.rows[0])])
+    command = shlex.split(line.removeprefix("ask it"))
+    assert command[:3] == ["python", "-m", "tools.ask"]
+    ask.main([*command[3:], "--device", "cpu"])
+    assert asked[0]["prompt"] == prompt and asked[0]["audio"] == str(corpus / "test0.wav")
 
 
 def test_ask_is_a_command(tmp_path):
