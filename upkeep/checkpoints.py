@@ -51,8 +51,9 @@ def saved_steps(folder: Path) -> list[Path]:
 def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
     """Restore the newest checkpoint; returns its step, 0 where there is none. One that cannot be
     read stops the run: nobody but the user gives up what was saved."""
-    for leftover in folder.glob("saving-*"):  # a save that was killed
-        shutil.rmtree(leftover, ignore_errors=True)  # another process may be faster
+    with reading(folder, "a folder"):
+        for leftover in folder.glob("saving-*"):  # a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)  # another process may be faster
     saved = saved_steps(folder)
     if not saved:
         return 0

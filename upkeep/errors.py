@@ -22,7 +22,9 @@ class DataError(UserError):
 
 # What libraries say, in errors of their own, where memory, handles or a disk fail.
 OF_THE_MACHINE = re.compile(
-    r"allocate memory|out of memory|malloc|os error|system error|DataLoader worker \(pid", re.I
+    r"allocate memory|out of memory|malloc|unable to (?:open|stat|mmap)|os error|system error|"
+    r"DataLoader worker \(pid",
+    re.I,
 )
 
 
