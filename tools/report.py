@@ -30,8 +30,8 @@ import train
 from corpora.load import fingerprint
 from lora import lora_disabled, lora_parameters
 from upkeep.checkpoints import read_checkpoint, saved_steps
-from upkeep.errors import DataError, UserError, command, writing
-from upkeep.files import read_json, read_lines
+from upkeep.errors import DataError, UserError, command, reading, writing
+from upkeep.files import is_there, read_json, read_lines
 from upkeep.machine import choose_device
 
 CURVES = {  # of policy.jsonl: a title, and what to look for
@@ -60,13 +60,14 @@ COLUMNS = 300  # of a waveform
 
 def configuration(folder: Path, given: dict) -> train.Config:
     """That of a run, finished or not, and what was given."""
-    if not (folder / "policy.jsonl").exists():
+    if not is_there(folder / "policy.jsonl"):
         raise UserError(f"{folder} holds no run that trains yet: policy.jsonl is missing")
     if (folder / "results.json").exists():
         return train.finished(folder, given)
-    saved = read_json(folder / "config.json")
-    kept = {f.name: saved[f.name] for f in fields(train.Config) if f.name in saved}
-    kept["base"] = os.path.normpath(folder / saved["base"])
+    with reading(folder, "a run"):
+        saved = read_json(folder / "config.json")
+        kept = {f.name: saved[f.name] for f in fields(train.Config) if f.name in saved}
+        kept["base"] = os.path.normpath(folder / saved["base"])
     return train.Config(**(kept | given))
 
 

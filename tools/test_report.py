@@ -206,6 +206,10 @@ def test_a_folder_that_is_no_run(first_run, tmp_path):
     for folder in (tmp_path / "nowhere", base_of(first_run)):
         with pytest.raises(UserError, match="holds no run"):
             make(tmp_path / "page.html", folder)
+    for name in ("policy.jsonl", "config.json"):  # of another program
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="cannot be read as a run"):
+        make(tmp_path / "page.html", tmp_path)
 
 
 def test_curves_are_means_of_at_most_a_hundred_points():
