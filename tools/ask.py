@@ -15,7 +15,6 @@ import leaf
 import train
 from corpora.load import Recording
 from upkeep.errors import command
-from upkeep.flags import words
 from upkeep.machine import choose_device
 
 
@@ -62,7 +61,7 @@ def main(argv=None):
     parser.add_argument("question")
     parser.add_argument("--samples", type=int, default=0, help="sample so many, show their tree")
     parser.add_argument(
-        "--reference", type=words, default="", help="the right answer: shows rewards and credit"
+        "--reference", default="", help="the right answer: shows rewards and credit"
     )
     parser.add_argument(
         "--best", action="store_true", help="ask the best validation's adapter, not the last one"
