@@ -3,6 +3,7 @@ share."""
 
 import collections
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import soundfile
 
 AUDIO = "<|audio|>"  # as data.AUDIO; importing data would wait for torch
+NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 SPLITS = ("train", "validation", "test")
 
 
@@ -66,13 +68,18 @@ class Corpus:
     @contextmanager
     def row(self, name):
         """`with corpus.row("train.json, item 3"):` a row is made. If that fails it is left out and
-        counted, whatever a stranger's file made it raise: one row never ends a build."""
+        counted, whatever a stranger's file made it raise: one row never ends a build. That a file
+        cannot be read now (no rights, no handle, no memory) is not the row's fault, and does."""
         try:
             yield
         except Odd as odd:
             reason, *found = odd.args
             self.left_out[reason].append(": ".join([name, *map(str, found)]))
         except Exception as error:
+            not_now = isinstance(error, (OSError, MemoryError))
+            not_now |= getattr(error, "code", 0) == 2  # libsndfile's for the system's errors
+            if not_now and getattr(error, "errno", None) not in NO_SUCH_FILE:
+                refuse(f"{name}: {type(error).__name__}: {error}")
             reason = f"not as expected ({type(error).__name__})"
             self.left_out[reason].append(f"{name}: {error}")
 

@@ -5,7 +5,6 @@ audio paths relative to it.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from corpora import mp3
+from corpora import NO_SUCH_FILE, mp3
 from data import AUDIO, SAMPLE_RATE, WINDOW, spoken_words
 from upkeep.errors import DataError, UserError, is_lfs_pointer, reading, writing
 from upkeep.files import is_there
@@ -59,7 +58,6 @@ SIZES = re.compile(
 NO_SIZE = 2**30 - 2**16  # from here on a size stands for none: that is what pipes are given
 NO_LAST_PAGE = re.compile(r"Ogg ?: (?:Last page lacks|Junk after the last page)")
 UNKNOWN = 2**63 - 1  # libsndfile's number of frames where the header tells none
-NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class Content(io.BytesIO):

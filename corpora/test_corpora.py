@@ -1,6 +1,7 @@
 """The scripts of corpora/, on made-up files in the publishers' layouts, and synthetic speech."""
 
 import collections
+import errno
 import gzip
 import hashlib
 import itertools
@@ -784,6 +785,31 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
         "v1.1",
         "voxpopuli",
     }
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError("no memory"),
+        soundfile.LibsndfileError(2),  # its words for any error of the system
+    ],
+)
+def test_a_recording_that_cannot_be_read_now_is_no_odd_row(error, tmp_path, capsys, monkeypatch):
+    """It ends the build: a row that is left out is left out for ever."""
+    make_longaudio(tmp_path)
+    options = ["--longaudio", tmp_path / "LongAudio", "--dailytalk", tmp_path]
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(longaudio, "read_parts", fail)
+        why = f"item 1: {type(error).__name__}: "
+        refused(capsys, longaudio, why, *options, "--out", tmp_path / "made")
+    run_script(longaudio, *options, "--out", tmp_path / "made")
+    assert "left out" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
