@@ -459,10 +459,12 @@ class Decoder(nn.Module):
         angle = positions[:, None, :, None] * c.rope_theta**-exponent  # (B, 1, S, D / 2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(x.dtype)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(x.dtype)
-        # What is added to the scores, repeated for each query head of a group (see Attention).
+        # What is added to the scores, repeated for each query head of a group (see Attention). Its
+        # rows begin at multiples of 8, or CUDA's kernels would copy and keep it in every layer.
         group = c.num_attention_heads // c.num_key_value_heads
-        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)
-        bias = bias.repeat(1, group, 1)[:, None]  # (B, 1, group * S, S_kv)
+        S_kv = mask.shape[-1]
+        mask = F.pad(mask, (0, -S_kv % 8)).repeat(1, group, 1)[:, None]
+        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)[..., :S_kv]
         for layer in self.layers:
             x = layer(x, cos, sin, bias, cache)
         return self.norm(x)
@@ -578,8 +580,7 @@ class Rollout:
         return Rollout(self.tokens[..., :T], self.lengths, self.logq[..., :T], self.logp[..., :T])
 
     def to(self, device) -> "Rollout":
-        tensors = (self.tokens, self.lengths, self.logq, self.logp)
-        return Rollout(*(tensor.to(device) for tensor in tensors))
+        return Rollout(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -595,11 +596,10 @@ class Sampling:
 
     def __init__(self, model: "SpeechLM", prompts: Prompts, noise, eos_id, temperature, top_p):
         P, K, T = noise.shape
-        L = prompts.x.shape[1]
         device = model.device
         self.model, self.noise, self.eos_id = model, noise, eos_id
         self.temperature, self.top_p = temperature, top_p
-        self.L = L
+        self.L = prompts.x.shape[1]
         integers = {"dtype": torch.int64, "device": device}
         self.rollout = Rollout(
             tokens=torch.zeros(P, K, T, **integers),
@@ -616,10 +616,10 @@ class Sampling:
 
     def first_token(self, prompts: Prompts):
         """The prompts, once each: their last hidden states give the first token of K responses."""
-        model = self.model
         _, K, T = self.noise.shape
         cache = PromptCache()
-        hidden = model.language_model.model(prompts.x, prompts.positions, prompts.mask, cache)
+        decoder = self.model.language_model.model
+        hidden = decoder(prompts.x, prompts.positions, prompts.mask, cache)
         self.cache = DecodingCache(cache, K, T)
         self.append(hidden[:, -1:].expand(-1, K, -1))
 
@@ -638,11 +638,10 @@ class Sampling:
     def next_token(self, end: int):
         """One more token for every response; end: how many positions of the cache to look at."""
         decoder = self.model.language_model.model
-        slot = self.L + self.t - 1  # (1,), where the newest token goes
         newest = self.rollout.tokens.index_select(2, self.t - 1).view(-1, 1)  # (B, 1)
-        self.seen.index_fill_(2, slot, True)
-        self.cache.slots = slot
+        self.cache.slots = self.L + self.t - 1  # (1,), where it goes
         self.cache.end = end
+        self.seen.index_fill_(2, self.cache.slots, True)
         x = decoder.embed_tokens(newest)  # (B, 1, C)
         positions = self.last_position + self.t
         hidden = decoder(x, positions, self.seen[..., :end], self.cache)
@@ -786,9 +785,10 @@ class SpeechLM(nn.Module):
                     break
                 if graph is not None:
                     graph.replay()
-                elif on_gpu and self.cuda_graph:
+                elif on_gpu and self.cuda_graph and T > 2:
                     # One step to warm up, then one that is recorded and not run. Shapes in a graph
-                    # never change, so both look at the whole cache.
+                    # never change, so both look at the whole cache. One graph is alive at a time:
+                    # with several, the end of one frees memory of all (pytorch issue 193402).
                     state.next_token(state.L + T)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):

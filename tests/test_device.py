@@ -1,6 +1,7 @@
 """On the device: what only a GPU can show. These run wherever CUDA is; LEAF_TEST_DEVICE=cpu (or mps)
 runs the same checks there, so that they are checked themselves."""
 
+import contextlib
 import math
 import os
 import time
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +29,7 @@ from tests.helpers import (
     PLAIN,
     V,
     adapter,
+    even_config,
     first_run,
     make_model,
     make_prompts,
@@ -54,6 +57,22 @@ on_device = pytest.mark.skipif(
 
 
 FLOAT32_AND_BFLOAT16 = [(torch.float32, 1e-4), (torch.bfloat16, 0.25)]
+WIDTHS = pytest.mark.parametrize("config", [odd_config, even_config])
+EFFICIENT = SDPBackend.EFFICIENT_ATTENTION  # takes masks: all real runs on a GPU use it
+
+
+def kernel_of_real_runs(model):
+    """A context in which a model of even widths that is on a GPU runs that kernel, or raises. The
+    CPU has none, nor have cards without bfloat16 in that."""
+    if model.device.type != "cuda" or model.config.encoder_config.dim_head % 8:
+        return contextlib.nullcontext()
+    if model.dtype == torch.bfloat16 and not has_bfloat16():
+        return contextlib.nullcontext()
+    return sdpa_kernel(EFFICIENT)
+
+
+def has_bfloat16():
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 @pytest.fixture
@@ -81,9 +100,9 @@ def on(device, prompts):
     return Prompts(prompts.x.to(device), prompts.valid.to(device))
 
 
-def adapted_model(dtype, device, targets=lora.DECODER_TARGETS):
+def adapted_model(config, dtype, device, targets=lora.DECODER_TARGETS):
     """Equal to the last bit wherever it is put: made on the CPU, and rounded there."""
-    model = make_model().to(dtype)
+    model = make_model(config=config).to(dtype)
     lora.apply_lora(model, targets, r=3, alpha=6.0)
     with torch.no_grad():
         for seed, parameter in enumerate(lora.lora_parameters(model).values()):
@@ -102,52 +121,59 @@ def eager_rollout(model, prompts, u, temperature, top_p):
 
 
 @on_device
+@WIDTHS
 @pytest.mark.parametrize("dtype, tolerance", FLOAT32_AND_BFLOAT16)
-def test_on_device_a_graph_draws_what_eager_steps_draw(dtype, tolerance, exact_float32):
+def test_on_device_a_graph_draws_what_eager_steps_draw(config, dtype, tolerance, exact_float32):
     """And the scorer agrees, in six calls of changing shapes, with a backward pass and spoilt
     memory in between."""
-    model = adapted_model(dtype, DEVICE)
+    model = adapted_model(config, dtype, DEVICE)
     shapes = [(3, 4, 12), (1, 2, 30), (4, 8, 5), (2, 3, 2), (5, 1, 17), (3, 4, 12)]
+    drawn = compared = 0
     for call, (P, K, T) in enumerate(shapes):
         prompts = on(DEVICE, make_prompts([2 + (3 * i + call) % 7 for i in range(P)]))
         prompts.x = prompts.x.to(dtype)
         u = rand(P, K, T, seed=call).to(DEVICE)
         top_p = 0.9 if call % 2 else 1.0
-        rollout = model.sample(prompts, u, EOS, 1.0, top_p)
-        spoil_freed_memory()
-        eager = eager_rollout(model, prompts, u, 1.0, top_p)
+        with kernel_of_real_runs(model):
+            rollout = model.sample(prompts, u, EOS, 1.0, top_p)
+            spoil_freed_memory()
+            eager = eager_rollout(model, prompts, u, 1.0, top_p)
+            host = rollout.to("cpu")
+            logp = model.response_logp(prompts, host.tokens, host.lengths)
         mask = rollout.mask
-        if not ON_GPU:  # no graph, so less of the cache was looked at; a response may part in bf16
+        if not ON_GPU or T == 2:  # no graph: less of the cache is looked at, and bf16 may part
             mask = mask & (rollout.tokens == eager.tokens).cumprod(-1).bool()
-            assert mask.sum() > 0.5 * rollout.mask.sum()
+        drawn += int(rollout.mask.sum())
+        compared += int(mask.sum())
         assert torch.equal(rollout.tokens[mask], eager.tokens[mask])
         for name in ("logq", "logp"):
             got, want = (getattr(r, name)[mask] for r in (rollout, eager))
             near(got, want, atol=tolerance, rtol=0)
-        host = rollout.to("cpu")
-        logp = model.response_logp(prompts, host.tokens, host.lengths)
         near(logp[mask], rollout.logp[mask], atol=tolerance, rtol=0)
         logp[mask].sum().backward()
         assert all(p.grad.isfinite().all() for p in lora.lora_parameters(model).values())
         spoil_freed_memory()
+    assert compared > 0.5 * drawn
 
 
 @on_device
+@WIDTHS
 @pytest.mark.parametrize("dtype, tolerance", FLOAT32_AND_BFLOAT16)
 @pytest.mark.parametrize("targets", [lora.DECODER_TARGETS, PLAIN], ids=["decoder", "encoder too"])
-def test_on_device_gradients_are_those_of_the_cpu(dtype, tolerance, targets, exact_float32):
-    """From log-mels to LoRA, through logits in parts. Those of the CPU are of the same rounded
-    weights, in float32."""
+def test_on_device_gradients_are_those_of_the_cpu(config, dtype, tolerance, targets, exact_float32):
+    """From log-mels, one with a block of padding alone, to LoRA, through logits in parts. Those of
+    the CPU are of the same rounded weights, in float32."""
     tokens = (V * rand(2, 3, 6)).long()
     lengths = torch.tensor([[6, 3, 1], [2, 6, 5]])
-    mels = [randn(n, 160, seed=n) for n in (31, 44)]
+    mels = [randn(n, 160, seed=n) for n in (23, 46)]  # in blocks of 23
 
     def gradients(device, compute_dtype):
-        model = adapted_model(dtype, device, targets).to(compute_dtype)
+        model = adapted_model(config, dtype, device, targets).to(compute_dtype)
         model.token_logp = partial(model.token_logp, max_logits=3 * V)
-        audio = model.project(model.encode(mels))
-        prompts = model.embed_prompts([[1, V, 2], [3, 4, V, 5]], audio)
-        logp = model.response_logp(prompts, tokens, lengths)
+        with kernel_of_real_runs(model):
+            audio = model.project(model.encode(mels))
+            prompts = model.embed_prompts([[1, V, 2], [3, 4, V, 5]], audio)
+            logp = model.response_logp(prompts, tokens, lengths)
         mask = torch.arange(6, device=device) < lengths[..., None].to(device)
         flat = [x.flatten(0, 1) for x in (logp, logp.detach(), logp.detach() - 0.1, mask)]
         advantages = randn(6, 6).to(device)
@@ -202,15 +228,18 @@ def test_on_device_four_updates_are_two_and_a_checkpoint_and_two(tmp_path):
 
 
 @on_device
-def test_on_device_the_encoder_learns_as_on_the_cpu(exact_float32):
+@WIDTHS
+def test_on_device_the_encoder_learns_as_on_the_cpu(config, exact_float32):
     """CTC's gradients and BatchNorm's statistics, ragged."""
     mels = [randn(n, 160, seed=n) for n in (40, 23, 31)]
     labels = [[1, 2, 2, 3], [4], [3, 1]]
 
     def learn(device):
-        encoder = make_model().encoder.train().to(device)
+        model = make_model(config=config).to(device)
+        encoder = model.encoder.train()
         mel, lengths = pad_ragged(mels, device)
-        _, logits = encoder(mel, lengths)
+        with kernel_of_real_runs(model):
+            _, logits = encoder(mel, lengths)
         loss = F.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
             torch.tensor(sum(labels, [])).to(device),
@@ -232,11 +261,12 @@ def test_on_device_a_run_stops_and_goes_on(tmp_path):
     """The default run in miniature, with the dtype that fits; base and policy."""
     run = tmp_path / "run"
     command = tiny(f"--device {DEVICE.type} --lr 1e-3 --save-every 50", out=run)
-    for update in (5, 5):  # in next-token training, and then in the policy's second step
-        with pytest.raises(SystemExit), stopping_at(update):
-            train.main(command)
-    before = metrics(run)
-    train.main(command)
+    with sdpa_kernel(EFFICIENT) if ON_GPU else contextlib.nullcontext():
+        for update in (5, 5):  # in next-token training, and then in the policy's second step
+            with pytest.raises(SystemExit), stopping_at(update):
+                train.main(command)
+        before = metrics(run)
+        train.main(command)
     after = metrics(run)
     assert [row["step"] for row in after] == [1, 2, 3, 4] and after[: len(before)] == before
     assert all(math.isfinite(row["loss"]) and row["first_ratio_gap"] < 0.1 for row in after)
@@ -244,8 +274,10 @@ def test_on_device_a_run_stops_and_goes_on(tmp_path):
 
 
 @on_device
-def test_on_device_new_shapes_cost_no_more_than_old_ones():
-    model = adapted_model(choose_device(DEVICE.type, "auto")[1], DEVICE)
+@WIDTHS
+def test_on_device_new_shapes_cost_no_more_than_old_ones(config):
+    """With the kernel that PyTorch chooses by itself: cuDNN's, if that were on and widths even."""
+    model = adapted_model(config, choose_device(DEVICE.type, "auto")[1], DEVICE)
 
     def score(n):  # a prompt of n tokens, responses of n
         prompts = on(DEVICE, make_prompts([n]))
@@ -266,8 +298,9 @@ def test_on_device_new_shapes_cost_no_more_than_old_ones():
 
 
 @on_device
-def test_on_device_memory_stays_flat_over_thirty_captures():
-    model = adapted_model(torch.float32, DEVICE)
+@WIDTHS
+def test_on_device_memory_stays_flat_over_thirty_captures(config):
+    model = adapted_model(config, torch.float32, DEVICE)
     prompts = on(DEVICE, make_prompts([5, 9, 2]))
 
     def held():
@@ -276,7 +309,8 @@ def test_on_device_memory_stays_flat_over_thirty_captures():
         return peak_memory(DEVICE)
 
     for n in range(30):
-        model.sample(prompts, rand(3, 8, 20 + n % 3, seed=n).to(DEVICE), EOS)
+        with kernel_of_real_runs(model):
+            model.sample(prompts, rand(3, 8, 20 + n % 3, seed=n).to(DEVICE), EOS)
         if n == 5:
             before = held()
     assert held() <= before + 32e6
@@ -285,8 +319,7 @@ def test_on_device_memory_stays_flat_over_thirty_captures():
 @on_device
 def test_on_device_the_dtype_fits_the_card():
     device, dtype = choose_device(DEVICE.type, "auto")
-    has_bfloat16 = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
-    assert dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert dtype == (torch.bfloat16 if ON_GPU and has_bfloat16() else torch.float32)
     assert device.type == DEVICE.type and (device.index is not None or not ON_GPU)
 
 
@@ -329,6 +362,52 @@ def test_scoring_never_waits_for_the_gpu(monkeypatch):
             for waits in (loss.item, mask.nonzero, lambda: loss.to("cpu"), logp.double):
                 with pytest.raises(refusals):
                     waits()
+
+
+@pytest.mark.parametrize("length", range(5, 13))
+def test_rows_of_masks_begin_at_multiples_of_8(length, monkeypatch):
+    """Of prompts, of responses behind them, and while they grow: CUDA's kernels take no others, and
+    copy them in every layer."""
+    masks = []
+    attend = F.scaled_dot_product_attention
+
+    def noting(q, k, v, attn_mask, scale):
+        assert attn_mask.shape[-2:] == (q.shape[2], k.shape[2])
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    model = make_model()
+    prompts = make_prompts([length, 3])
+    with torch.no_grad():
+        model.response_logp(prompts, (V * rand(2, 2, 5)).long(), torch.tensor([[5, 2], [3, 4]]))
+        model.sample(prompts, rand(2, 2, 4), eos_id=-1)
+    assert {mask.shape[-1] for mask in masks} == set(range(length, length + 5))
+    for mask in masks:
+        *others, last = mask.stride()
+        assert last == 1 and all(stride % 8 == 0 for stride in others), mask.stride()
+
+
+@pytest.mark.parametrize("T, captures", [(1, 0), (2, 0), (3, 1), (7, 1)])
+def test_a_graph_is_captured_only_where_it_is_replayed(T, captures, monkeypatch):
+    """Whatever it costs: of T tokens the first is the prompt's, and the second a step to warm up."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    def graph(_):
+        calls.append("capture")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = SpeechLM(odd_config(2)).eval()
+        prompts = Prompts(torch.empty(2, 5, 24), torch.ones(2, 5, dtype=torch.bool))
+        model.sample(prompts, torch.empty(2, 3, T), EOS)
+    assert calls == ["capture"] * captures + ["replay"] * max(0, T - 2)
 
 
 def test_cudnn_attention_is_off():
