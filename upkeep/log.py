@@ -26,7 +26,8 @@ class Log:
     rule, which may not change on the way; processes: how many take these steps together.
 
     As a context it notes Ctrl-C, SIGTERM, a closed terminal and a reader that has left (`| head`),
-    for record() to save and leave; a second signal stops at once.
+    for record() to save and leave. A second Ctrl-C stops at once; other signals may come twice, for
+    torchrun forwards what a scheduler sends to all.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Log:
             self.file.close()
 
     def ask_to_stop(self, number, frame):
-        if self.stop_signals:
+        if number == signal.SIGINT and number in self.stop_signals:
             raise SystemExit(128 + number)
         self.stop_signals.append(number)
 
