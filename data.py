@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from upkeep.errors import UserError, reading
+from upkeep.processes import rank
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT = 512  # samples
@@ -387,7 +388,7 @@ class Cache:
         self.compute = torch.no_grad()(compute)
         self.kept = []
         room = gigabytes * 1e9
-        for start in tqdm(range(0, n, batch), desc=title, leave=False, disable=None):
+        for start in tqdm(range(0, n, batch), title, leave=False, disable=rank() > 0 or None):
             fresh = self.compute(list(range(start, min(n, start + batch))))
             room -= sum(tensor.nbytes for tensor in fresh)
             if room < 0:
@@ -444,12 +445,11 @@ class Split:
         """
         self.tokenizer = tokenizer
         if frozen:
-            frames = self.frames
-            if frames is None or not frames.serves(model):
-                frames = self.encode(model)
-            self.audio = self.cache("projecting", lambda indices: model.project(frames(indices)))
+            if self.frames is None or not self.frames.serves(model):
+                self.encode(model)
+            self.audio = self.cache("projecting", lambda at: model.project(self.frames(at)))
             self.mels.forget()
-            frames.forget()
+            self.frames.forget()
         else:
             self.audio = lambda indices: model.project(model.encode(self.mels(indices)))
 
