@@ -109,7 +109,7 @@ class Config:
     seed: int = flag(0, "seed of rollouts, data order and LoRA", least=0, group="the run")
     out: str = flag("", "run folder; default: runs/TASK-ALGO-seedN")
     save_every: int = flag(50, "steps between checkpoints")
-    device: str = flag("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    device: str = flag("auto", "auto: CUDA or the CPU", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "auto: bfloat16 on CUDA that has it", ("auto", "float32", "bfloat16"))
     cuda_graph: bool = flag(True, "on CUDA, record one decoding step and replay it")
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")

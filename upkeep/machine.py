@@ -16,17 +16,20 @@ except ImportError:
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device of a name, "auto" included, and the dtype of the policy on it. Raises UserError
-    where it cannot be used."""
+    """The device of a name, or of "auto", CUDA or the CPU; and the dtype of the policy on it. Raises
+    UserError where it cannot be used."""
     number = local_rank()
-    best = "cpu"
-    if torch.cuda.is_available():
-        best = "cuda"
-    elif torch.backends.mps.is_available():
-        best = "mps"
-    if device not in ("auto", "cpu", best):
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = device
+    if device == "auto":
+        kind = "cuda" if has["cuda"] else "cpu"
+    if not has[kind]:
         raise UserError(f"--device {device}: this torch sees no such device here")
-    kind = best if device == "auto" else device
+    if kind == "mps" and torch.__version__ < (2, 13):
+        raise UserError(
+            f"--device mps needs torch 2.13 or newer: {torch.__version__} misreads attention masks "
+            "there, and answers wrongly"
+        )
     chosen = torch.device(kind)
     if kind == "cuda":
         chosen = torch.device(kind, number)  # by number, or every process would take the first

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 
 import data
 import train
@@ -658,45 +659,6 @@ def test_a_run_goes_on_with_its_own_credit_rule_only(first_run, tmp_path, monkey
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",  # by gloo
-        pytest.param(  # by NCCL
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA GPUs"),
-        ),
-    ],
-)
-def test_two_processes_are_one(device, first_run, tmp_path):
-    """Prompts shared out over two processes give the update of one. Stopped in the middle, both
-    save and go on; only the first writes."""
-    flags = f"--steps 6 --save-every 1 --eval-every 3 --device {device} --dtype float32"
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    train.main(tiny(flags, base=base_of(first_run), out=one))
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
-    command = [sys.executable, *torchrun, *tiny(flags, base=base_of(first_run), out=two)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    while not (two / "checkpoints/policy/step-000001").exists():
-        assert process.poll() is None, process.stdout.read()
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode and 1 <= len(metrics(two)) < 6
-    said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert said.count("6 steps of") == 1 and said.count("took") == 1
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    alike = "loss reward kl grad_norm response_length usable_fork_fire equal_rewards lr".split()
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a.keys() == b.keys()
-        for key in alike:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
-    for name, tensor in adapter(one).items():
-        torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-4, rtol=1e-3)
-
-
 def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
     """AdamW's step, too: the fused kernel wants it beside them."""
     here = {"a": randn(5, 3).requires_grad_()}
@@ -714,6 +676,96 @@ def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
         state = updater.adam.state[there["a"]]
         assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert {tensor.device.type for tensor in state.values()} == {"cuda"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Stops, alone and under torchrun
+
+
+@pytest.mark.parametrize(
+    "first, second, saved",
+    [
+        (signal.SIGTERM, signal.SIGTERM, 3),  # as torchrun forwards what they all got
+        (signal.SIGTERM, signal.SIGINT, 3),
+        (signal.SIGINT, signal.SIGINT, 2),
+    ],
+)
+def test_only_a_second_ctrl_c_stops_at_once(first, second, saved, first_run, tmp_path):
+    """Both in the third step; without it the second was the last to be saved."""
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop, stopping_at(5, second), stopping_at(5, first):
+        train.main(tiny(base=base_of(first_run), out=run))
+    assert stop.value.code == 128 + first
+    assert saved_steps(run / "checkpoints" / "policy")[-1].name == f"step-{saved:06d}"
+
+
+# What torchrun starts here: train.py, which leaves its process's number in a folder.
+NUMBERED = """
+import os, sys
+from pathlib import Path
+Path(sys.argv.pop(1), str(os.getpid())).touch()
+from train import command, main
+command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",  # by gloo
+        pytest.param(  # by NCCL
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA GPUs"),
+        ),
+    ],
+)
+def test_two_processes_are_one(device, first_run, tmp_path):
+    """Prompts shared out over two processes give the update of one; only the first writes. In the
+    middle a scheduler stops them, which signals torchrun and them, so that torchrun forwards what
+    they have already: the step is finished and saved, and the same command goes on."""
+    flags = (
+        f"--steps 6 --save-every 50 --eval-every 1 --device {device} --dtype float32 "
+        "--train-rows 8 --validation-rows 1 --test-rows 1"
+    )
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    train.main(tiny(flags, base=base_of(first_run), out=one))
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    script = tmp_path / "numbered.py"
+    script.write_text(NUMBERED)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    training = [script, numbers, *tiny(flags, base=base_of(first_run), out=two)]
+    started = {
+        "args": [sys.executable, *torchrun, *training],
+        "cwd": ROOT,
+        "env": os.environ | {"PYTHONPATH": str(ROOT)},
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+    with subprocess.Popen(**started) as process:
+        while not process.stdout.readline().startswith("step 1:"):  # its line is in the log
+            assert process.poll() is None
+        for number in [*map(int, os.listdir(numbers)), process.pid]:
+            os.kill(number, signal.SIGTERM)
+        said = process.stdout.read()
+    done = len(metrics(two))
+    assert process.returncode and 1 <= done < 6 and f"saved step {done} of 6" in said
+    assert [path.name for path in saved_steps(two / "checkpoints/policy")] == [f"step-00000{done}"]
+    said = subprocess.run(**started, check=True).stdout
+    assert said.count("6 steps of") == 1 and said.count("took") == 1
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    alike = "loss reward kl grad_norm response_length usable_fork_fire equal_rewards lr".split()
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in alike:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+    for name, tensor in adapter(one).items():
+        torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Cards
 
 
 class Card:
@@ -768,3 +820,22 @@ def test_a_card_that_this_torch_cannot_run_is_refused(monkeypatch):
     ) as told:
         choose_device("auto", "auto")
     assert "\n" not in str(told.value)
+
+
+def test_apples_gpu_is_taken_by_name_and_from_torch_2_13_on(monkeypatch):
+    """Older ones decode wrongly with a mask like ours."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for version in ("2.11.0", "2.12.1", "2.13.0", "2.14.1+cu130"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        assert choose_device("auto", "auto") == (torch.device("cpu"), torch.float32)
+        if version < "2.13":
+            with pytest.raises(
+                UserError, match=f"mps needs torch 2.13 or newer: {version} "
+            ) as told:
+                choose_device("mps", "auto")
+            assert "\n" not in str(told.value)
+        else:
+            assert choose_device("mps", "auto") == (torch.device("mps"), torch.float32)
+    with pytest.raises(UserError, match="--device cuda: this torch sees no such device"):
+        choose_device("cuda", "auto")
