@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def processor() -> str:
 def environment() -> dict:
     """What computed here: machine, threads and versions, that of this repository too."""
     git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
-    code = subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip()
+    code = None
+    if shutil.which("git"):
+        code = subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip()
     return {
         "processor": processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

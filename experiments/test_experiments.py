@@ -1,5 +1,6 @@
 """The methods that the experiments compare, and the statistics they report."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import types
 from dataclasses import replace
 
@@ -16,7 +18,8 @@ import torch
 import lora
 import train
 from experiments import bench, common, compare, footprint, gpu, hearing
-from tests.helpers import first_run, pad_responses, read_json_lines, seeded
+from model import SpeechLM
+from tests.helpers import first_run, pad_responses, rand, read_json_lines, same, seeded
 from upkeep.errors import UserError
 
 __all__ = ["first_run", "seeded"]  # fixtures
@@ -227,7 +230,7 @@ def test_the_three_sides_of_the_benchmark_compute_the_same(tmp_path, monkeypatch
     assert bench.prove(where_answers_are_long).keys() == {"tuned"}
     with torch.no_grad():
         sides["tuned"].adapters[0].add_(0.1)
-    with pytest.raises(SystemExit, match="tuned does not compute what ours does"):
+    with pytest.raises(UserError, match="tuned does not compute what ours does"):
         bench.prove(sides)
     for side in sides.values():
         seconds = side.step()
@@ -282,7 +285,7 @@ def test_the_footprint_grows_with_what_is_sampled():
     found = {}
     for tokens in (4, 40):
         work = bench.Workload(2, 2, tokens, 1, 4, 1, 2)
-        found[tokens] = footprint.compute(bench.COMPACT, work)
+        found[tokens] = footprint.compute(bench.COMPACT, torch.bfloat16, work)
         weights = 2 * found[tokens]["parameters"] / 1e9
         assert weights < found[tokens]["sampling_gb"] < weights + 0.1
     cache = 2 * 2 * 4 * 2 * 32 * (2 * 2 * 36) / 1e9  # bf16; keys, values; layers, heads, width
@@ -291,30 +294,128 @@ def test_the_footprint_grows_with_what_is_sampled():
     assert found[40]["update_gb"] > found[4]["update_gb"]
 
 
-def test_gpu_measures_what_is_missing(tmp_path):
-    """Parts that are there are not measured again; what does not fit is noted."""
+def test_the_footprint_counts_merged_weights_in_float32(monkeypatch):
+    """And attends as CUDA does, without a copy of a mask."""
+    attended = []
+    attention = footprint.attention
+
+    def noting(q, k, v, attn_mask, scale):
+        attended.append(all(stride % 8 == 0 for stride in attn_mask.stride()[:-1]))
+        return attention(q, k, v, attn_mask, scale)
+
+    monkeypatch.setattr(footprint, "attention", noting)
+    work = bench.Workload(2, 2, 4, 1, 4, 1, 2)
+    found = footprint.compute(bench.COMPACT, torch.float32, work)
+    decoder = SpeechLM(bench.COMPACT).language_model.model.layers
+    merged = sum(p.numel() for p in decoder.parameters() if p.dim() == 2)
+    weights = 4 * (found["parameters"] + merged) / 1e9
+    assert weights < found["sampling_gb"] < weights + 0.01
+    assert attended and all(attended)
+
+
+@pytest.mark.parametrize("length, copied", [(16, False), (13, True)])
+def test_the_footprint_counts_what_cuda_would_copy(length, copied):
+    """A mask whose rows do not begin at multiples of 8, for as long as there may be a backward pass."""
+    q, k, v = (rand(1, 2, n, 8).requires_grad_() for n in (4, length, length))
+    mask = rand(1, 1, 4, length)
+    live = []
+    for attend in (footprint.attend, footprint.attention):
+        with footprint.Meter() as meter:
+            out = attend(q, k, v, attn_mask=mask, scale=0.3)
+        live.append(meter.live)
+        same(out, footprint.attend(q, k, v, attn_mask=mask, scale=0.3))
+    assert live[1] - live[0] == copied * 4 * 16 * mask.element_size()
+
+
+def test_gpu_needs_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="PyTorch sees none"):
+        gpu.main([])
+
+
+def test_gpu_measures_what_is_missing(tmp_path, monkeypatch):
+    """In a process for each part. What is there is not measured again; what fails is noted."""
     calls = []
 
     def fits():
         calls.append("fits")
         return {"seconds": 1.0}
 
-    def too_large():
-        raise torch.OutOfMemoryError("1 GB")
+    def too_large():  # within a graph's capture
+        try:
+            raise torch.OutOfMemoryError("1 GB")
+        finally:
+            raise torch.AcceleratorError("capture was invalidated")
 
     def fails():
         raise subprocess.CalledProcessError(1, "train.py")
 
-    def stopped():
-        raise KeyboardInterrupt
+    def breaks():
+        raise RuntimeError("CUDA error: an illegal address\nmore of it")
 
-    file = tmp_path / "gpu.json"
-    parts = {"small": fits, "large": too_large, "broken": fails, "last": stopped}
-    with pytest.raises(KeyboardInterrupt):
-        gpu.measure_parts(parts, file)
-    gpu.measure_parts(parts | {"last": fits}, file)
-    found = json.loads(file.read_text())
-    assert calls == ["fits"] * 2 and found["large"] == "out of memory"
-    assert found["broken"] == "exit code 1"
-    assert found["small"] == found["last"] == {"seconds": 1.0}
-    assert found["environment"]["torch"] == torch.__version__
+    def in_a_process(words, cwd):
+        if words[-1] == "killed":
+            return types.SimpleNamespace(returncode=-9)
+        assert words[:3] == [sys.executable, "-m", "experiments.gpu"]
+        gpu.main(words[3:])
+        return types.SimpleNamespace(returncode=0)
+
+    parts = {"small": fits, "large": too_large, "failed": fails, "broken": breaks, "killed": fits}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card 9")
+    monkeypatch.setattr(subprocess, "run", in_a_process)
+    monkeypatch.setenv("PATH", "")  # no git
+    gpu.main([])
+    gpu.main([])
+    assert calls == ["fits"]
+    gpu.main(["--part", "small"])
+    assert calls == ["fits"] * 2
+    found = json.loads((tmp_path / "gpu-a-card-9.json").read_text())
+    environment = found.pop("environment")
+    assert environment["torch"] == torch.__version__ and environment["code"] is None
+    assert found == {
+        "small": {"seconds": 1.0},
+        "large": "out of memory",
+        "failed": "exit code 1",
+        "broken": "RuntimeError: CUDA error: an illegal address",
+        "killed": "exit code -9",
+    }
+
+
+def test_gpu_measures_sides_alone(tmp_path, monkeypatch, capsys):
+    """Of a small model, on the CPU; the card's meters and graphs stand still."""
+    monkeypatch.setattr(gpu, "RUNS", tmp_path)
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(bench, "DTYPE", torch.float32)
+    monkeypatch.setattr(bench, "ROLLOUTS", "\nabc abcde\nab ab\n")
+    monkeypatch.setitem(bench.WORKLOADS, "compact", bench.Workload(2, 2, 8, 1, 4, 1, 2))
+    for name, value in {
+        "CUDAGraph": types.SimpleNamespace(replay=lambda: None),
+        "graph": contextlib.nullcontext(),
+        "max_memory_allocated": 3e9,
+        "max_memory_reserved": 4e9,
+        "reset_peak_memory_stats": None,
+        "set_sync_debug_mode": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    ours = gpu.ours("compact")
+    tuned = gpu.peer("tuned", "compact")
+    monkeypatch.setitem(
+        footprint.MODELS, "granite-speech-3.3-2b, float32", (bench.COMPACT, torch.float32)
+    )
+    memory = gpu.memory(bench.WORKLOADS["compact"])
+    assert memory["measured"] == {"sampling_gb": 3, "update_gb": 3}
+    assert memory["computed"]["sampling_gb"] > 20
+    json.dumps([ours, tuned, memory])
+    for result in (ours["with graph"], ours["without"], tuned):
+        assert result["steps"] == 5 and result["allocated_gb"] == 3
+        assert 0 < result["seconds"]["sampling"] < result["seconds"]["step"]
+    assert ours["capture"] > 0 and ours["kernels"] > 100 and ours["waits"] == []
+    assert tuned["from ours"].keys() == {
+        *("greedy tokens", "log-probs", "reference log-probs", "gradient")
+    }
+    assert max(tuned["from ours"].values()) < 1e-4
+    assert "| kernels a token |" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "compact-ours.pt"]
