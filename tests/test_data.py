@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import re
+import sys
 from functools import partial
 from statistics import fmean, stdev
 
@@ -304,6 +305,16 @@ def test_tokenizer_and_alphabet(tmp_path):
     assert sorted(alphabet.encode("abcd ")) == [1, 2, 3, 4, 5]  # 0 is CTC's blank
     assert alphabet.encode("bad?") == [alphabet.encode(c)[0] for c in "bad"]
     assert alphabet.encode("") == []
+
+
+def test_the_first_process_alone_shows_a_bar(monkeypatch):
+    for rank in (0, 1):
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        data.Cache(lambda at: [torch.zeros(1) for _ in at], 3, 1.0, "hearing")
+        assert ("hearing" in terminal.getvalue()) == (rank == 0)
 
 
 @pytest.mark.parametrize("budget, batches, kept", [(0, 1, 0), (40, 2, 3), (10000, 3, 9)])
