@@ -1,7 +1,7 @@
 """All that only a GPU can tell, in one file: nothing here ever ran on one, so please send yours.
 
     python -m experiments.gpu             all parts, in experiments/results/gpu-NAME-OF-THE-CARD.json
-    python -m experiments.gpu --part 2b   one of them, anew
+    python -m experiments.gpu --part 2b   only this part, again
 
     tests                  tests/test_device.py
     default                `python train.py`: seconds, memory, BLEU, tokens/s
@@ -223,7 +223,7 @@ def keep(path: Path, name: str, found):
 
 def main(argv=None):
     parser = command_line(__doc__)
-    parser.add_argument("--part", choices=PARTS, help="only this one, in this process")
+    parser.add_argument("--part", choices=PARTS, help="only this one, again")
     part = parser.parse_args(argv).part
     if not torch.cuda.is_available():
         raise UserError("experiments.gpu measures a CUDA GPU, and PyTorch sees none")
