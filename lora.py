@@ -163,14 +163,17 @@ def lora_for_sampling(model: nn.Module):
 # --------------------------------------------------------------------------------------------------
 # PEFT's files: adapter_model.safetensors and adapter_config.json
 
-# Options of PEFT's LoraConfig that no forward pass depends on.
-HARMLESS = (
-    "auto_mapping base_model_name_or_path eva_config inference_mode megatron_core peft_version "
-    "qalora_group_size revision task_type"
+# Options of PEFT's LoraConfig that are read here, or that no forward pass depends on.
+KNOWN = (
+    "r lora_alpha lora_dropout target_modules auto_mapping base_model_name_or_path eva_config "
+    "inference_mode megatron_core peft_version qalora_group_size revision task_type"
 ).split()
-# Ways to initialise that leave the weights of the base as they are.
-KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-FLOAT_MAX = torch.finfo(torch.float32).max
+# Others that may be set, and to what. These ways to initialise leave the base's weights as they are.
+IMPLEMENTED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+}
 
 
 def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = ""):
@@ -201,31 +204,17 @@ def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = 
 
 
 def read_settings(file: Path) -> dict:
-    """A LoRA's adapter_config.json, in which nothing is set that is not implemented here.
-
-    Raises DataError with the options that are unknown and set, or not of their kind.
-    """
-    settings = {"bias": "none", "init_lora_weights": True, "lora_dropout": 0.0}
+    """A LoRA's adapter_config.json; DataError with the options that are set and not implemented
+    here, without which its tensors would be another model's."""
+    settings = {"lora_dropout": 0.0}
     settings |= {name: value for name, value in read_json(file).items() if value is not None}
-    r = settings.get("r")
-    alpha = settings.get("lora_alpha")
-    dropout = settings["lora_dropout"]
-    targets = settings.get("target_modules")
-    names = [targets] if isinstance(targets, str) else targets
-    known = {
-        "peft_type": settings.get("peft_type") == "LORA",
-        "r": type(r) is int and r > 0,
-        "lora_alpha": type(alpha) in (int, float) and abs(alpha) <= FLOAT_MAX,
-        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
-        "target_modules": type(names) is list and all(isinstance(name, str) for name in names),
-        "bias": settings["bias"] == "none",
-        "init_lora_weights": settings["init_lora_weights"] in KEEP_THE_BASE,
-    }
-    refused = [name for name, is_fine in known.items() if not is_fine]
-    refused += [name for name in settings if settings[name] and name not in [*known, *HARMLESS]]
+    refused = [
+        f"{name} = {value!r}"
+        for name, value in settings.items()
+        if value and name not in KNOWN and value not in IMPLEMENTED.get(name, ())
+    ]
     if refused:
-        listed = ", ".join(f"{name} = {settings.get(name)!r}" for name in refused)
-        raise DataError(f"{file}: not a LoRA as PEFT writes it, or not supported here: {listed}")
+        raise DataError(f"{file}: not supported here: {', '.join(refused)}")
     return settings
 
 
@@ -238,16 +227,20 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict, list[str], dict[
     """
     file = folder / "adapter_config.json"
     settings = read_settings(file)
-    targets = settings["target_modules"]
     names = []
     shapes = {}
     with reading(file, "the settings of a LoRA for this model"):
+        r, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
+        # What makes no layer fails here, with the file's name.
+        layer = LoRALinear(nn.Linear(1, 1, device="meta"), r, alpha, settings["lora_dropout"])
+        if not math.isfinite(layer.scale):
+            raise ValueError(f"lora_alpha = {alpha}")
         for name, module in model.named_modules():
             matches = is_target(name, targets) or is_target(transformers_name(name), targets)
             if isinstance(module, nn.Linear) and matches:
                 names.append(name)
-                shapes[f"{name}.lora_A.weight"] = (settings["r"], module.in_features)
-                shapes[f"{name}.lora_B.weight"] = (module.out_features, settings["r"])
+                shapes[f"{name}.lora_A.weight"] = (r, module.in_features)
+                shapes[f"{name}.lora_B.weight"] = (module.out_features, r)
         if not names:
             raise ValueError(f"no linear layer matches {targets!r}")
     return settings, names, read_tensors([folder / "adapter_model.safetensors"], shapes)

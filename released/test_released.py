@@ -87,8 +87,7 @@ def test_model_files(seed, tmp_path):
     model = make_model(seed)
     model.save(tmp_path)
     file = tmp_path / "model.safetensors"
-    config_text = (tmp_path / "config.json").read_text()
-    config = json.loads(config_text)
+    config = read_json(tmp_path / "config.json")
     weights = load_file(file)
     again = load_model(tmp_path)
     assert again.config == model.config
@@ -132,17 +131,6 @@ def test_model_files(seed, tmp_path):
     file.write_bytes(b"Entry not found, says the server, in place of a model")
     refused("model.safetensors cannot be read")
     save_file(in_memory, file)
-    for part in ("text_config", "encoder_config"):
-        edit_json(tmp_path / "config.json", **{part: ...})
-        refused("config.json", part)
-        (tmp_path / "config.json").write_text(config_text)
-    for rope in (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_parameters": {"rope_type": "yarn"}},
-    ):
-        edit_json(tmp_path / "config.json", text_config=config["text_config"] | rope)
-        refused("rope_")
-    (tmp_path / "config.json").write_text(config_text)
     edit_json(tmp_path / "config.json", has_lora_adapter=True)
     refused("adapter_config.json and adapter_model.safetensors are missing")
 
@@ -229,22 +217,12 @@ def test_what_is_no_checkpoint_gets_one_line(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "part, field, values",
     [
-        ("", "model_type", ("granite_speech_nar", "whisper", 5, [])),
-        ("", "tie_word_embeddings", ("no", 2)),
-        ("", "downsample_rate", (0, -5, 5.0, "5", 16, 10**400, True)),
-        ("", "text_config", (..., None, [], "granite", 5)),
+        ("", "model_type", ("granite_speech_nar", "whisper")),
         ("encoder_config", "model_type", ("granite_speech5_encoder",)),
-        ("encoder_config", "cat_hidden_layers", ([1], [4], [-1], ["1"], 1, {"1": 1})),
-        ("encoder_config", "num_heads", (0, -3, "3", 3.5, [3])),
-        ("encoder_config", "input_dim", (80,)),
-        ("encoder_config", "context_size", (1000,)),
-        ("encoder_config", "dropout", ("0", [0.1], 2.0)),
         ("projector_config", "hidden_act", ("relu", "gelu_new")),
         ("projector_config", "use_qformer_text_input", (True,)),
         ("projector_config", "position_embedding_type", ("relative_key",)),
         ("projector_config", "model_type", ("granite_speech_qformer",)),
-        ("projector_config", "num_attention_heads", (0, 5)),
-        ("projector_config", "encoder_hidden_size", (48,)),
         ("text_config", "model_type", ("llama", "granitemoehybrid")),
         ("text_config", "hidden_act", ("gelu", "relu")),
         ("text_config", "attention_bias", (True,)),
@@ -252,12 +230,14 @@ def test_what_is_no_checkpoint_gets_one_line(checkpoint, tmp_path):
         ("text_config", "partial_rotary_factor", (0.5,)),
         ("text_config", "rope_scaling", ({"type": "linear", "factor": 2.0},)),
         ("text_config", "rope_parameters", ({"rope_type": "yarn"}, {"partial_rotary_factor": 0.5})),
-        ("text_config", "rope_parameters", (["default"], "default")),
         ("text_config", "sliding_window", (4096,)),
-        ("text_config", "num_attention_heads", (0, "6", 6.0)),
-        ("text_config", "num_key_value_heads", (0, 4)),
-        ("text_config", "head_dim", (9, 0)),
-        ("text_config", "logits_scaling", (0, float("nan"), float("inf"), "8", -1, 10**400)),
+        ("text_config", "logits_scaling", (0, float("nan"), float("inf"), -1)),
+        # What would not go unnoticed gets one line, too.
+        ("", "text_config", (..., [])),
+        ("", "downsample_rate", (0, "5")),
+        ("encoder_config", "cat_hidden_layers", ([1],)),
+        ("encoder_config", "input_dim", (80,)),
+        ("text_config", "logits_scaling", ("8", [8])),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
