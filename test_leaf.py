@@ -157,9 +157,9 @@ def slow_credit(responses, rewards, boundaries, terms, multiplicity, normalize):
 
 
 def test_leaf_matches_slow_oracle_on_random_groups():
-    """Boundaries, tree, credit and fork statistics of 3000 small groups."""
+    """Boundaries, tree, credit and fork statistics of 1000 small groups."""
     rng = random.Random(0)
-    for case in range(3000):
+    for case in range(1000):
         responses, tokens, lengths, s, rewards = random_group(rng)
         B = rng.randint(0, 5)
         given = None  # the boundaries handed to leaf_advantages, or none: those it selects
@@ -629,8 +629,6 @@ def test_lora_off_is_the_base_bit_for_bit():
     [
         (2, signal.SIGTERM),
         (6, signal.SIGINT),
-        (11, signal.SIGTERM),
-        (11, signal.SIGINT),
         (11, signal.SIGHUP),
     ],
 )
@@ -719,11 +717,13 @@ def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("targets", ["decoder", SUFFIXES])
-def test_micro_batches_change_memory_and_nothing_else(targets, first_run, tmp_path, monkeypatch):
+def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path, monkeypatch):
+    """Four prompts one by one, as three and one, or together; encoder and decoder have LoRA."""
     monkeypatch.setattr(data, "reward", by_letters)
-    sizes = ("1", "2", "4")
-    flags = f"--steps 2 --update-prompts 4 --lora-targets {targets} --micro-prompts "
+    sizes = ("1", "3", "4")
+    flags = (
+        f"--steps 2 --eval-every 0 --update-prompts 4 --lora-targets {SUFFIXES} --micro-prompts "
+    )
     for size in sizes:
         train.main(tiny(flags + size, base=base_of(first_run), out=tmp_path / size))
     runs = [adapter(tmp_path / size) for size in sizes]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 import data
 import lora
+import pretrain
 import train
+from corpora import synthetic
 from model import EncoderConfig, ProjectorConfig, Prompts, SpeechConfig, SpeechLM, TextConfig
 from pretrain import ends_of_branches, init_weights
 from upkeep.files import read_json
@@ -45,9 +47,24 @@ randn = partial(rand, kind=torch.randn)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """What a test finds must not depend on which tests ran before it."""
+def seeded(monkeypatch):
+    """What a test finds must not depend on which tests ran before it; bases are shallow."""
     torch.manual_seed(0)
+    monkeypatch.setattr(pretrain, "compact", shallow)
+
+
+def shallow(*sizes):
+    """The compact model with half of its layers: at these sizes a layer costs its kernels' calls,
+    and no test can tell four from two."""
+    config = compact(*sizes)
+    config.encoder_config.num_layers = 2
+    config.text_config.num_hidden_layers = 2
+    return config
+
+
+compact = pretrain.compact
+# Runs in miniature hear the same few rows: each is synthesised once.
+synthetic.Speech.samples = cache(synthetic.Speech.samples)
 
 
 def pad_responses(responses, width=None, pad=EOS):
@@ -292,7 +309,12 @@ def make_large_model():
     config.text_config.hidden_size = 768
     config.text_config.intermediate_size = 8192
     config.text_config.num_hidden_layers = 4
-    return SpeechLM(config).bfloat16()
+    with torch.device("meta"):
+        model = SpeechLM(config).bfloat16()
+    model.to_empty(device="cpu")  # random numbers would take longer than all that is tested
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    return model
 
 
 PLAIN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -348,7 +370,9 @@ def first_run(tmp_path_factory):
     """A whole run in miniature that nobody interrupts; its base model is shared by the tests
     below. Made once, whichever file of tests asks first: a finished run is not run again."""
     folder = tmp_path_factory.getbasetemp() / "runs" / "first"
-    train.main(tiny(out=folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "compact", shallow)
+        train.main(tiny(out=folder))
     return folder
 
 

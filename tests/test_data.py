@@ -66,7 +66,7 @@ def test_bleu_is_sacrebleus():
     rewards = []
     metric = sacrebleu.BLEU(effective_order=True)
     exactly = partial(pytest.approx, abs=1e-9)
-    for hypothesis, reference in nasty_pairs(4000, seed=0):
+    for hypothesis, reference in nasty_pairs(1500, seed=0):
         want = metric.sentence_score(hypothesis, [reference]).score
         assert data.sentence_bleu(hypothesis, reference) == exactly(want), (hypothesis, reference)
         plain, plain_reference = (" ".join(x.split()) for x in (hypothesis, reference))
@@ -74,7 +74,7 @@ def test_bleu_is_sacrebleus():
         rewards.append(data.reward(hypothesis, {"reference": reference}))
         assert 100 * rewards[-1] == exactly(want) and 0 <= rewards[-1] <= 1
     assert 0.1 < np.mean(np.array(rewards) > 0.5) < 0.9
-    for seed, lowercase in itertools.product(range(300), (False, True)):
+    for seed, lowercase in itertools.product(range(100), (False, True)):
         answers, references = map(list, zip(*nasty_pairs([1, 2, 5, 20][seed % 4], seed + 1)))
         want = sacrebleu.corpus_bleu(answers, [references], lowercase=lowercase).score
         assert data.corpus_bleu(answers, references, lowercase) == exactly(want)
@@ -363,7 +363,8 @@ def test_audio_is_encoded_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SpeechLM, "encode", watched)
     monkeypatch.setattr(data.Split, "hear", remembered)
-    train.main(tiny("--steps 1 --train-rows 40", out=tmp_path / "run"))
+    short = "--ctc-steps 1 --sft-steps 1 --steps 1 --eval-every 0"
+    train.main(tiny(f"{short} --train-rows 40", out=tmp_path / "run"))
     sizes = {name: len(kept) for name, (_, kept) in heard.items()}
     assert sizes["train"] == 40 and encoded[:2] == [32, 8]  # in next-token training
     assert sum(encoded) == sum(sizes.values())

@@ -332,7 +332,7 @@ def test_responses_end_at_the_first_eos():
     calls = []
     free = model.sample(prompts, u, eos_id=-1)
     model.language_model.model.register_forward_hook(lambda *_: calls.append(1))
-    for eos in range(0, V, 2):
+    for eos in range(0, V, 6):
         rollout = model.sample(prompts, u, eos)  # the same noise: the same tokens up to the end
         for i, k in itertools.product(range(3), range(5)):
             tokens = free.tokens[i, k].tolist()
@@ -361,7 +361,7 @@ class OnDevice(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 0.9), (0.7, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("temperature, top_p", [(0.7, 0.9), (0.0, 1.0)])
 def test_a_cuda_graph_can_hold_the_sampler(temperature, top_p, monkeypatch):
     """On tensors of a GPU that have no contents, so that whatever waits for some raises, and
     whatever mixes devices. The third token on is captured once and replayed, up to the end;

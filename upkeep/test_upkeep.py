@@ -165,7 +165,8 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
 
 def test_a_reader_that_leaves_is_a_request_to_stop(first_run, tmp_path):
     """`python train.py | head -1`: the run saves, and goes on later."""
-    command = [sys.executable, "train.py", *tiny("--eval-every 1", out=tmp_path / "run")]
+    flags = tiny("--eval-every 1", base=base_of(first_run), out=tmp_path / "run")
+    command = [sys.executable, "train.py", *flags]
     one_thread = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(
         command, cwd=ROOT, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -178,7 +179,7 @@ def test_a_reader_that_leaves_is_a_request_to_stop(first_run, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said and "Exception" not in said
     assert len(metrics(tmp_path / "run")) == 2  # noticed after the first, saved after the second
-    train.main(tiny("--eval-every 1", out=tmp_path / "run"))
+    train.main(flags)
     rows = [{k: v for k, v in row.items() if "validation" not in k} for row in metrics(first_run)]
     for row, want in zip(metrics(tmp_path / "run"), rows, strict=True):
         assert repr({k: v for k, v in row.items() if "validation" not in k}) == repr(want)
