@@ -107,6 +107,7 @@ def apply_lora(
         raise ValueError("the model already has LoRA adapters")
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [name for name in linear if is_target(name, targets)]
+    # Each by itself, in a form that is_target takes: text is a pattern, a list has names.
     each_target = [targets] if isinstance(targets, str) else [[target] for target in targets]
     for target in each_target:
         if not any(is_target(name, target) for name in names):
@@ -231,7 +232,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict, list[str], dict[
     shapes = {}
     with reading(file, "the settings of a LoRA for this model"):
         r, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
-        # What makes no layer fails here, with the file's name.
+        # A layer that nobody uses: bad values fail here, with the file's name.
         layer = LoRALinear(nn.Linear(1, 1, device="meta"), r, alpha, settings["lora_dropout"])
         if not math.isfinite(layer.scale):
             raise ValueError(f"lora_alpha = {alpha}")

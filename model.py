@@ -332,13 +332,17 @@ class Projector(nn.Module):
 
 
 class PromptCache:
-    """Keys and values (P, H_kv, L, D) of P prompts in every layer, with their gradient: the first
-    pass through the decoder leaves them here. Then `prompt_of` (R,) is set, and each of R rows has
-    those of its prompt before its own."""
+    """Keys and values (P, H_kv, L, D) of P prompts in every layer, with their gradient: a first
+    pass through the decoder, of the prompts, leaves them here. In a second one, of rows that say
+    by `use_for` whose prompt each has, they stand before the rows' own."""
 
     def __init__(self):
         self.layers = []  # (keys, values) of each
         self.prompt_of = None
+
+    def use_for(self, prompt_of):
+        """prompt_of (R,): the number of each row's prompt."""
+        self.prompt_of = prompt_of
 
     def update(self, layer: int, k, v):
         """Of new tokens k, v (B, H_kv, S, D): what they look at, their own included."""
@@ -404,7 +408,8 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         # Grouped queries, as enable_gqa=True, which fused kernels do not take together with a mask:
         # the queries of a group's heads, which look at the same keys, stand below one another as if
-        # they were more positions of one head. So does bias, (B, 1, H / H_kv * S, S_kv).
+        # they were more positions of one head; for them Decoder.forward repeats the rows of bias,
+        # (B, 1, H / H_kv * S, S_kv).
         B, H, S, D = q.shape
         q = q.reshape(B, k.shape[1], -1, D)  # (B, H_kv, H / H_kv * S, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
@@ -459,8 +464,9 @@ class Decoder(nn.Module):
         angle = positions[:, None, :, None] * c.rope_theta**-exponent  # (B, 1, S, D / 2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(x.dtype)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(x.dtype)
-        # What is added to the scores, repeated for each query head of a group (see Attention). Its
-        # rows begin at multiples of 8, or CUDA's kernels would copy and keep it in every layer.
+        # What is added to the scores, repeated for each query head of a group (see Attention). It is
+        # made wider and then cut, so that in memory its rows begin at multiples of 8: others would
+        # be copied and kept by CUDA's kernels in every layer.
         group = c.num_attention_heads // c.num_key_value_heads
         S_kv = mask.shape[-1]
         mask = F.pad(mask, (0, -S_kv % 8)).repeat(1, group, 1)[:, None]
@@ -480,7 +486,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C), in float32: a log-softmax in bf16
         would lose what the importance ratio is made of."""
-        hidden = hidden / self.model.config.logits_scaling  # here, since there are fewer of these
+        hidden = hidden / self.model.config.logits_scaling  # C numbers to divide, not V
         if hasattr(self, "lm_head"):
             return self.lm_head(hidden).float()
         return F.linear(hidden, self.model.embed_tokens.weight).float()
@@ -624,14 +630,14 @@ class Sampling:
         self.append(hidden[:, -1:].expand(-1, K, -1))
 
     def append(self, hidden):
-        """Draw the token that follows hidden states (P, K, C), and note what there is to note."""
+        """Draw the token that follows hidden states (P, K, C), and store it."""
         u = self.noise.index_select(2, self.t)[..., 0]  # (P, K)
         logits = self.model.language_model.logits(hidden)
         token, logq, logp = draw_token(logits, u, self.temperature, self.top_p)
         self.rollout.tokens.index_copy_(2, self.t, token[..., None])
         self.rollout.logq.index_copy_(2, self.t, logq[..., None])
         self.rollout.logp.index_copy_(2, self.t, logp[..., None])
-        self.rollout.lengths.add_(~self.ended)
+        self.rollout.lengths.add_(~self.ended)  # before `ended` changes: EOS counts
         self.ended.logical_or_(token == self.eos_id)
         self.t.add_(1)
 
@@ -674,14 +680,14 @@ class SpeechLM(nn.Module):
     def encode(self, mels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Log-mels (T, 160) -> encoder frames (T, C) each."""
         mel, lengths = pad_ragged(mels, self.device)
-        frames, _ = self.encoder(mel.to(self.projector.query.dtype), lengths)
-        return [f[: len(m)].clone() for f, m in zip(frames, mels)]
+        frames, _ = self.encoder(mel.to(self.dtype), lengths)
+        return [f[: len(m)].clone() for f, m in zip(frames, mels)]  # and the padding is freed
 
     def project(self, frames: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encoder frames (T, C) -> audio embeddings (N, C_text) each."""
         counts = [self.projector.count(len(f)) for f in frames]
         frames, lengths = pad_ragged(frames, self.device)
-        audio, _ = self.projector(frames.to(self.projector.query.dtype), lengths)
+        audio, _ = self.projector(frames.to(self.dtype), lengths)
         return [a[:n].clone() for a, n in zip(audio, counts)]
 
     def embed_prompts(self, prompt_ids: list[list[int]], audio: list[torch.Tensor]) -> Prompts:
@@ -708,13 +714,8 @@ class SpeechLM(nn.Module):
         behind that prompt's keys and values.
         """
         P, K, T = tokens.shape
-        lengths = np.asarray(lengths)
-        ended = np.arange(T) >= lengths[..., None]
-        rows = np.where(ended, -1, np.asarray(tokens)).reshape(P * K, T)
-        rows = np.column_stack((np.arange(P).repeat(K), rows))  # (P * K, 1 + T)
-        rows, row_of = np.unique(rows, axis=0, return_inverse=True)  # (R, 1 + T), (P * K,)
-        prompt_of = to_device(rows[:, 0], self.device)
-        rows = rows[:, 1 : 1 + lengths.max()]  # (R, S), S the longest of these responses
+        rows, prompt_of, row_of = distinct_responses(tokens, lengths)  # (R, S), (R,), (P * K,)
+        prompt_of = to_device(prompt_of, self.device)
         R, S = rows.shape
 
         # The prompt's last token predicts a row's first, each token of a row the one behind it.
@@ -729,7 +730,7 @@ class SpeechLM(nn.Module):
             prompt = prompts.valid.index_select(0, prompt_of)[:, None].expand(-1, S - 1, -1)
             before = (steps[:, None] >= steps).expand(R, -1, -1)
             mask = torch.cat((prompt, before), dim=2)  # (R, S - 1, L + S - 1)
-            cache.prompt_of = prompt_of
+            cache.use_for(prompt_of)
             hidden = torch.cat((hidden, decoder(x, positions, mask, cache)), dim=1)  # (R, S, C)
 
         # Logits only where there is a token to score: at M places.
@@ -778,7 +779,7 @@ class SpeechLM(nn.Module):
         with lora_for_sampling(self):
             state = Sampling(self, prompts, noise, eos_id, temperature, top_p)
             state.first_token(prompts)
-            for n in range(1, T):
+            for n in range(1, T):  # n tokens are there
                 # The CPU looks for the end after every token; a GPU would have to be waited for,
                 # and a few tokens too many cost less.
                 if (n % 8 == 0 or not on_gpu) and state.ended.all():
@@ -786,8 +787,8 @@ class SpeechLM(nn.Module):
                 if graph is not None:
                     graph.replay()
                 elif on_gpu and self.cuda_graph and T > 2:
-                    # One step to warm up, then one that is recorded and not run. Shapes in a graph
-                    # never change, so both look at the whole cache. One graph is alive at a time:
+                    # One step to warm up, then one that is recorded and gives no token. Shapes in a
+                    # graph never change, so both look at the whole cache. One graph is alive at a time:
                     # with several, the end of one frees memory of all (pytorch issue 193402).
                     state.next_token(state.L + T)
                     graph = torch.cuda.CUDAGraph()
@@ -827,6 +828,20 @@ class SpeechLM(nn.Module):
         tensors = read_tensors([folder / "model.safetensors"], shapes, device, dtype)
         model.load_state_dict(tensors, assign=True)
         return model
+
+
+def distinct_responses(tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of K responses to each of P prompts, tokens (P, K, T) and lengths (P, K), each that is another
+    once: their tokens (R, S), -1 past an end and S the longest length; the prompt of each, (R,); and
+    which of them each response is, (P * K,)."""
+    P, K, T = tokens.shape
+    lengths = np.asarray(lengths)
+    ended = np.arange(T) >= lengths[..., None]
+    responses = np.where(ended, -1, np.asarray(tokens)).reshape(P * K, T)[:, : lengths.max()]
+    # The same tokens behind another prompt are another response: its number leads.
+    keyed = np.column_stack((np.arange(P).repeat(K), responses))  # (P * K, 1 + S)
+    distinct, row_of = np.unique(keyed, axis=0, return_inverse=True)
+    return distinct[:, 1:], distinct[:, 0], row_of
 
 
 def pad_ragged(tensors: list[torch.Tensor], device):
