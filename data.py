@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from upkeep.errors import UserError, reading
+from upkeep.forks import checked_reward
 from upkeep.processes import rank
 
 SAMPLE_RATE = 16_000  # Hz
@@ -43,16 +44,10 @@ def reward(answer: str, row: dict) -> float:
     return sentence_bleu(" ".join(answer.split()), " ".join(row["reference"].split())) / 100
 
 
-def reward_all(answers: list[str], rows: list[dict]) -> list[float]:
+def rewards_of(answers: list[str], rows: list[dict], reward=reward) -> list[float]:
     """The reward of each answer to its row; raises UserError where one is not a finite number."""
-    rewards = []
-    for answer, row in zip(answers, rows, strict=True):
-        r = reward(answer, row)
-        if not math.isfinite(r):
-            asked = row["prompt"]
-            raise UserError(f"data.reward gave {r} for the answer {answer!r} to {asked!r}")
-        rewards.append(r)
-    return rewards
+    pairs = zip(answers, rows, strict=True)
+    return [checked_reward(reward(answer, row), reward, answer, row) for answer, row in pairs]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,8 +123,8 @@ WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9
 
 
 def words_and_gaps(text: str) -> list[str]:
-    """The text in pieces: gap, word, gap, ..., word, gap. A word is letters, their marks and digits;
-    a character of a script without blanks is one."""
+    """The text in pieces, gap, word, gap, ..., word, gap: words are those at odd places. A word is
+    letters, their marks and digits; a character of a script without blanks is one."""
     in_word = [c == "_" or unicodedata.category(c)[0] in "LMN" for c in text]
     spaced = "".join(c if kept else " " for c, kept in zip(text, in_word))
     words = re.finditer(f"[{WITHOUT_BLANKS}]|[^ {WITHOUT_BLANKS}]+", spaced)
@@ -166,8 +161,8 @@ def slot_accuracy(answers: list[str], rows: list[dict], field: str = "") -> floa
 
 
 def references_as_heard(answers: list[str], rows: list[dict]) -> list[str]:
-    """The references, but a slot that the row's answer lacks becomes words that none of them has.
-    Their reward is what hearing as these answers do can earn, if all is worded as rewarded."""
+    """For the ceiling: the references, each word of a slot that the row's answer lacks replaced. What
+    they earn is the most that hearing as these answers do can earn, if all is worded as rewarded."""
     unheard = "unheard"
     while any(unheard in row["reference"].lower() for row in rows):
         unheard += "x"
@@ -220,11 +215,16 @@ HEARD = "heard %, "  # begins the name of a field's score
 
 
 def evaluation_scores(
-    rows: list[dict], greedy: list[str], passes: list[list[str]], swapped: list[str] | None
+    rows: list[dict],
+    greedy: list[str],
+    passes: list[list[str]],
+    swapped: list[str] | None,
+    reward=reward,
 ) -> dict[str, float]:
     """The figures of a report, from a greedy answer and some sampled ones to each row.
 
     swapped: greedy answers to the audio of the rows at swapped_audio(rows), where rows have slots.
+    reward None: without the mean reward and its ceiling.
     """
     references = [row["reference"] for row in rows]
 
@@ -240,11 +240,14 @@ def evaluation_scores(
         "ROUGE-L sampled": 100 * np.mean(rouge),
         "exact match %": 100 * exact_match(greedy),
         "exact match sampled %": 100 * np.mean([exact_match(answers) for answers in passes]),
-        "mean reward x100": 100 * np.mean([reward_all(answers, rows) for answers in passes]),
     }
-    if swapped:
+    if reward:
+        rewards = [rewards_of(answers, rows, reward) for answers in passes]
+        scores["mean reward x100"] = 100 * np.mean(rewards)
+    if reward and swapped:  # then rows have slots
         as_heard = references_as_heard(greedy, rows)
-        scores["mean reward x100, ceiling"] = 100 * np.mean(reward_all(as_heard, rows))
+        scores["mean reward x100, ceiling"] = 100 * np.mean(rewards_of(as_heard, rows, reward))
+    if swapped:
         scores["heard %"] = 100 * slot_accuracy(greedy, rows)
         for field in dict.fromkeys(name for row in rows for name, _ in named_slots(row) if name):
             scores[HEARD + field] = 100 * slot_accuracy(greedy, rows, field)
@@ -380,8 +383,8 @@ class Cache:
     """compute(indices) -> a tensor for each, kept for as many of n items as there is room for.
 
     The first items are computed here, in batches of a fixed size, until `gigabytes` are used up;
-    the others one by one whenever they are asked for. So an item's rounding, which depends on its
-    batch, is the same whoever asks: a resumed run sees the same numbers.
+    the others one by one whenever they are asked for. So the batch of an item, on which its rounding
+    depends, is fixed by its index: a resumed run sees the same numbers.
     """
 
     def __init__(self, compute, n: int, gigabytes: float, title: str, batch: int = 32):
@@ -408,15 +411,16 @@ class Cache:
 
 
 class Split:
-    """Rows, and what the model hears of them: call `hear` first, and then `prompts`.
+    """Rows, and what the model hears of them. The order of calls: `encode`, if the encoder is frozen
+    before the rest is; `hear`; and then `prompts`.
 
     Each stage maps indices of rows to one tensor per row: mels (frames, 160) -> encoder frames
     (T, C) -> audio embeddings (N, C_text).
     """
 
     def __init__(self, name: str, rows: list[dict], gigabytes: float):
-        audio = [row["audio"] for row in rows]
-        silent = [x for x in audio if not hasattr(x, "samples")]
+        recordings = [row["audio"] for row in rows]
+        silent = [x for x in recordings if not hasattr(x, "samples")]
         if silent:
             raise UserError(
                 f"{silent[0]!r} has no samples(): is it a corpora.load.Recording(path)?"
@@ -424,7 +428,9 @@ class Split:
         self.name = name
         self.rows = rows
         self.gigabytes = gigabytes
-        self.mels = self.cache("log-mels of", lambda at: [log_mel(audio[i].samples()) for i in at])
+        self.mels = self.cache(
+            "log-mels of", lambda at: [log_mel(recordings[i].samples()) for i in at]
+        )
         self.frames = None
 
     def cache(self, doing: str, compute) -> Cache:
@@ -432,7 +438,7 @@ class Split:
         return Cache(compute, len(self.rows), self.gigabytes, title)
 
     def encode(self, model) -> Cache:
-        """Encoder frames of a frozen encoder, which `hear` need not compute once more."""
+        """Frames of a frozen encoder; they are kept, and `hear` goes on from them."""
         self.frames = self.cache("encoding", lambda indices: model.encode(self.mels(indices)))
         return self.frames
 

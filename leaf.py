@@ -32,13 +32,14 @@ def select_boundaries(surprisal, lengths, fork_budget: int = 2) -> list[int]:
     """The B most surprising positions of the group, at least D apart, in ascending order.
 
     surprisal: (K, T) float, -log q of each token under the *sampling* distribution, in nats;
-    lengths: (K,) int. A boundary at t means: the prefix is tokens 0..t-1, and token t surprises.
+    lengths: (K,) int. A boundary at t means: the prefix is tokens 0..t-1, and token t surprises;
+    so 0 is none, whose prefix would be empty.
     """
     surprisal = torch.as_tensor(surprisal).cpu()
     lengths = torch.as_tensor(lengths).cpu()
     longest = int(lengths.max())
     ended = torch.arange(longest) >= lengths[:, None]  # (K, longest)
-    # (longest,): a position is kept once at most, so its most surprised response counts.
+    # (longest,): a position is one candidate, by the response that it surprises most.
     peak = surprisal[:, :longest].masked_fill(ended, -math.inf).amax(0)
     ranked = peak[1:].argsort(descending=True, stable=True) + 1  # ties: the smaller first
     return keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
@@ -69,7 +70,7 @@ class Node:
     """A prefix that two or more responses share (a "retained prefix node" v of the paper)."""
 
     boundary: int  # the prefix is the first `boundary` tokens
-    members: list[int]  # D(v), the responses that share it; n(v) = len(members)
+    members: list[int]  # the responses that share it; n(v) = len(members)
     value: float  # V(v), their mean reward
 
 
@@ -138,9 +139,11 @@ def span_credits(
         parent_value = root_value
         for node in path_of(i, nodes):
             credit = advantage(node.value, parent_value)
-            if multiplicity:  # n responses repeat this span, and so n times its gradient adds up
+            if multiplicity:  # n responses repeat this span; by the paper the root makes up for it
                 credit /= math.sqrt(len(node.members))
-            end = min(node.boundary, length)  # a response may end before its node's boundary
+            # Where the response ended before the node's boundary its span may be empty; the node
+            # is the next one's parent all the same.
+            end = min(node.boundary, length)
             if start < end:
                 spans.append(Span(i, start, end, credit))
             start = end
@@ -181,14 +184,12 @@ def leaf_advantages(
     fork_budget: int = 2,
     terms: str = "both",
     multiplicity: bool = True,
-    boundaries: list[int] | None = None,
 ) -> torch.Tensor:
     """LEAF's advantage of every token of one prompt's K responses: (K, T) float32.
 
     tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards (K,) float.
-    `terms` and `multiplicity` switch parts of the rule off, for ablations; `boundaries` replace the
-    selected ones. Zero past each length; on the tokens' device. Raises ValueError on a non-finite
-    reward.
+    `terms` and `multiplicity` switch parts of the rule off, for ablations. Zero past each length;
+    on the tokens' device. Raises ValueError on a non-finite reward.
     """
     tokens = torch.as_tensor(tokens)
     rewards = _to_list(rewards)
@@ -196,8 +197,7 @@ def leaf_advantages(
         raise ValueError(f"rewards must be finite, got {rewards}")
     if max(rewards) == min(rewards):  # nothing to learn from this prompt: exactly zero
         return torch.zeros(tokens.shape, device=tokens.device)
-    if boundaries is None:
-        boundaries = select_boundaries(surprisal, lengths, fork_budget)
+    boundaries = select_boundaries(surprisal, lengths, fork_budget)
     nodes = build_tree(tokens, lengths, rewards, boundaries)
     spans = span_credits(lengths, rewards, nodes, terms, multiplicity)
     return token_credits(z_score(spans), tokens)
@@ -207,19 +207,20 @@ def leaf_advantages(
 # GRPO, the baseline
 
 
-def grpo_advantages(rewards, lengths, std_floor: float = 1 / 3) -> torch.Tensor:
-    """One number per response for all of its tokens: (K, T) float32, T the longest length.
+def grpo_advantages(tokens, lengths, rewards, std_floor: float = 1 / 3) -> torch.Tensor:
+    """One number per response for all of its tokens: (K, T) float32, zero past each length.
 
     A_i = (r_i - mean r) / (max(std r, std_floor) + 1e-6), unbiased std. The floor of 1/3 is the
     LEAF authors'; BLEU rewards spread less than that, so it also shrinks the step. std_floor=0 is
     plain GRPO (Shao et al., arXiv 2402.03300).
     """
-    rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    lengths = torch.as_tensor(lengths, device=rewards.device)
+    tokens = torch.as_tensor(tokens)  # (K, T)
+    lengths = torch.as_tensor(lengths, device=tokens.device)
+    rewards = torch.as_tensor(rewards, dtype=torch.float64, device=tokens.device)
     advantages = torch.zeros_like(rewards)
     if len(rewards) > 1 and rewards.max() > rewards.min():
         advantages = (rewards - rewards.mean()) / (rewards.std().clamp(min=std_floor) + 1e-6)
-    mask = torch.arange(int(lengths.max()), device=rewards.device) < lengths[:, None]  # (K, T)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (K, T)
     return (advantages[:, None] * mask).float()
 
 
@@ -280,12 +281,11 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
     report = []
     for b in sorted(set(boundaries)):
         groups = [node.members for node in nodes if node.boundary == b]
-        spreads = [max(rewards[i] for i in g) - min(rewards[i] for i in g) for g in groups]
-        goes_on = [any(lengths[i] > b for i in group) for group in groups]
+        firing = [group for group in groups if any(lengths[i] > b for i in group)]
         fork = {
             "position": b,
-            "fires": any(goes_on),
-            "usable": any(on and spread > 0 for on, spread in zip(goes_on, spreads)),
+            "fires": bool(firing),
+            "usable": any(len({rewards[i] for i in group}) > 1 for group in firing),
             "group_size": fmean(len(group) for group in groups) if groups else 0.0,
         }
         report.append(fork)
@@ -293,8 +293,8 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
 
 
 def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, float]:
-    """What to watch: means over prompts, of the rewards of their K responses, and over boundaries,
-    of fork_stats."""
+    """What to watch: of the rewards of K responses a mean over prompts; of fork_stats a mean over
+    the boundaries of all prompts."""
     forks = forks or [{"fires": False, "usable": False}]
     return {
         "reward": fmean(fmean(group) for group in rewards),
@@ -310,39 +310,35 @@ def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, floa
 
 
 def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=None) -> str:
-    """The tree as text. pieces: each response as token strings; rewards None: no values shown."""
-    root = f"root  n={len(pieces)}"
-    if rewards is not None:
-        root += f"  V={fmean(rewards):.4f}"
-    everyone = list(range(len(pieces)))
-    lines = [root, *_branches(pieces, rewards, nodes, everyone, start=0, indent="")]
-    if advantages is not None:
-        lines.append("advantage of each token:")
-        for i, row in enumerate(pieces):
-            told = "  ".join(f"{piece} {a:+.5f}" for piece, a in zip(row, advantages[i]))
-            lines.append(f"  response {i + 1}: {told}")
+    """The tree as text. pieces: each response as token strings; rewards None: no values shown;
+    advantages [K][T]: a line shows A, the mean over its tokens, which by LEAF have one number."""
+    lines = [f"root  n={len(pieces)}" + (f"  V={fmean(rewards):.4f}" if rewards else "")]
+    # What is left of a response behind its last node is drawn like a node of one.
+    tails = [Node(len(row), [i], rewards[i] if rewards else 0.0) for i, row in enumerate(pieces)]
+
+    def branch(members: list[int], candidates: list[Node], start: int, indent: str):
+        """Lines for responses that have shown their first `start` tokens already."""
+        pending = set(members)
+        # Nodes are in order of their boundaries, and groups only split as b grows. So the first
+        # whose members are all pending is a child here; what is inside it is left to the recursion.
+        for at, node in enumerate(candidates):
+            if pending.issuperset(node.members):
+                pending -= set(node.members)
+                n = len(node.members)
+                first = node.members[0]
+                end = min(node.boundary, len(pieces[first]))
+                text = "".join(pieces[first][start:end])
+                line = f"t={node.boundary}  n={n}" if n > 1 else f"response {first + 1}"
+                if rewards:
+                    line += f"  {'V' if n > 1 else 'r'}={node.value:.4f}"
+                if advantages and text:
+                    credits = [a for i in node.members for a in advantages[i][start:end]]
+                    line += f"  A={fmean(credits):+.5f}"
+                lines.append(f"{indent}{'+-' if n > 1 else 'o-'} {text!r}  {line}")
+                branch(node.members, candidates[at + 1 :], end, indent + "|  ")
+
+    branch(list(range(len(pieces))), [*nodes, *tails], 0, "")
     return "\n".join(lines)
-
-
-def _branches(pieces, rewards, nodes, members, start: int, indent: str) -> list[str]:
-    """Lines for the responses `members`, which have shown their first `start` tokens already."""
-    lines = []
-    pending = list(members)
-    # Nodes are in order of their boundaries, and groups only split as b grows. So the first node
-    # whose members are all pending is a child here; what is inside it is left to the recursion.
-    for n, node in enumerate(nodes):
-        if set(node.members) <= set(pending):
-            text = "".join(pieces[node.members[0]][start : node.boundary])
-            value = "" if rewards is None else f"  V={node.value:.4f}"
-            size = len(node.members)
-            lines.append(f"{indent}+- {text!r}  t={node.boundary}  n={size}{value}")
-            later = nodes[n + 1 :]
-            lines += _branches(pieces, rewards, later, node.members, node.boundary, indent + "|  ")
-            pending = [i for i in pending if i not in node.members]
-    for i in pending:
-        reward = "" if rewards is None else f"  r={rewards[i]:.4f}"
-        lines.append(f"{indent}o- {''.join(pieces[i][start:])!r}  response {i + 1}{reward}")
-    return lines
 
 
 def _to_list(x) -> list:
@@ -367,7 +363,7 @@ def worked_example():
     for i, start, end, credit in span_credits(lengths, rewards, nodes):
         text = "".join(pieces[i][start:end])
         print(f"  response {i + 1}  [{start}, {end})  {text:4} {credit:+.5f}")
-    grpo = grpo_advantages(rewards, lengths)[:, 0].tolist()
+    grpo = grpo_advantages(tokens, lengths, rewards)[:, 0].tolist()
     print("GRPO, all tokens of a response:", [round(a, 5) for a in grpo])
 
 

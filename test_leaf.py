@@ -22,7 +22,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
 import leaf
 import lora
 import train
@@ -30,6 +29,7 @@ from model import SpeechLM
 from tests.helpers import (
     EOS,
     PADDINGS,
+    ROOT,
     SUFFIXES,
     V,
     adapter,
@@ -162,7 +162,6 @@ def test_leaf_matches_slow_oracle_on_random_groups():
     for case in range(1000):
         responses, tokens, lengths, s, rewards = random_group(rng)
         B = rng.randint(0, 5)
-        given = None  # the boundaries handed to leaf_advantages, or none: those it selects
         T = tokens.shape[1]
         terms = rng.choice(["both", "global", "local"])
         flags = {"terms": terms, "multiplicity": rng.random() < 0.6}
@@ -170,15 +169,18 @@ def test_leaf_matches_slow_oracle_on_random_groups():
         bounds = slow_boundaries(responses, s, B)
         assert leaf.select_boundaries(s, lengths, B) == bounds, where
         if rng.random() < 0.3:  # any others, [] among them
-            given = bounds = sorted(rng.sample(range(1, T + 1), rng.randint(0, min(3, T))))
+            bounds = sorted(rng.sample(range(1, T + 1), rng.randint(0, min(3, T))))
         groups = [(b, g) for b in bounds for g in slow_groups(responses, b)]
         tree = leaf.build_tree(tokens, lengths, rewards, bounds)
         assert [(v.boundary, [int(i) for i in v.members]) for v in tree] == groups, where
         assert [v.value for v in tree] == pytest.approx(
             [rewards[g].double().mean().item() for _, g in groups]
         ), where
-        A = leaf.leaf_advantages(tokens, lengths, s, rewards, B, boundaries=given, **flags)
-        raw = leaf.token_credits(leaf.span_credits(lengths, rewards, tree, **flags), tokens)
+        spans = leaf.span_credits(lengths, rewards, tree, **flags)
+        raw = leaf.token_credits(spans, tokens)
+        A = leaf.token_credits(leaf.z_score(spans), tokens)
+        if bounds == leaf.select_boundaries(s, lengths, B):
+            A = leaf.leaf_advantages(tokens, lengths, s, rewards, B, **flags)
         for found, normalize in ((A, True), (raw, False)):
             credit, pairs = slow_credit(responses, rewards, bounds, normalize=normalize, **flags)
             assert found.shape == tokens.shape and found.dtype == torch.float32, where
@@ -236,6 +238,32 @@ def test_leaf_worked_example():
         if not normalize:
             A = raw_credit(tokens, lengths, s, rewards, 2)
         torch.testing.assert_close(A, torch.tensor(want), atol=6e-6, rtol=0)
+
+
+def test_the_tree_as_text(capsys):
+    """The README shows how `python leaf.py` begins; a rule that gives tokens of a span, or those who
+    share it, different numbers is told by their mean; without rewards there are no values."""
+    leaf.worked_example()
+    begins, _, _ = capsys.readouterr().out.partition("raw credit")
+    assert f"```\n{begins}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    pieces = [list("abcdE"), list("abE"), list("xE")]
+    nodes = [leaf.Node(2, [0, 1], 0.5)]
+    credit = [[1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 8.0, -1.0, 9.0, 9.0], [0.5, -0.5, 9.0, 9.0, 9.0]]
+    tree = leaf.format_tree(pieces, [1.0, 0.0, 0.25], nodes, credit)
+    assert tree.splitlines() == [
+        "root  n=3  V=0.4167",
+        "+- 'ab'  t=2  n=2  V=0.5000  A=+4.00000",
+        "|  o- 'cdE'  response 1  r=1.0000  A=+4.00000",
+        "|  o- 'E'  response 2  r=0.0000  A=-1.00000",
+        "o- 'xE'  response 3  r=0.2500  A=+0.00000",
+    ]
+    assert leaf.format_tree(pieces, None, nodes).splitlines() == [
+        "root  n=3",
+        "+- 'ab'  t=2  n=2",
+        "|  o- 'cdE'  response 1",
+        "|  o- 'E'  response 2",
+        "o- 'xE'  response 3",
+    ]
 
 
 def test_leaf_boundaries_by_hand():
@@ -324,7 +352,7 @@ def test_leaf_equal_rewards_give_exact_zeros():
             for kw in ({}, {"fork_budget": 0}):
                 A = leaf.leaf_advantages(tokens, lengths, torch.rand(7, 4), rewards, **kw)
                 assert not A.any()
-            assert leaf.grpo_advantages(rewards, lengths, std_floor=0.0).abs().max() < 1e-6
+            assert leaf.grpo_advantages(tokens, lengths, rewards, std_floor=0.0).abs().max() < 1e-6
 
 
 def test_leaf_degenerate_groups_are_defined():
@@ -335,7 +363,7 @@ def test_leaf_degenerate_groups_are_defined():
         tokens, lengths = pad_responses(responses)
         rewards = torch.tensor(rewards)
         A = leaf.leaf_advantages(tokens, lengths, torch.ones(tokens.shape), rewards, B)
-        assert A.shape == leaf.grpo_advantages(rewards, lengths).shape == tokens.shape
+        assert A.shape == leaf.grpo_advantages(tokens, lengths, rewards).shape == tokens.shape
         assert torch.isfinite(A).all()
         return A
 
@@ -362,7 +390,7 @@ def test_global_credit_without_the_root_of_n_is_the_mean_baseline():
             continue
         alone = {"terms": "global", "multiplicity": False}
         found = raw_credit(tokens, lengths, surprisal, rewards, 3, **alone)
-        expected = leaf.grpo_advantages(rewards, lengths, std_floor=1.0)
+        expected = leaf.grpo_advantages(tokens, lengths, rewards, std_floor=1.0)
         sums = {}
         for i, length in enumerate(lengths.tolist()):
             for t in range(length):
@@ -376,15 +404,17 @@ def test_grpo_advantages_by_hand():
     """(r - mean) / (max(unbiased std, floor) + 1e-6) on every token of a response; K = 1 gives
     zeros."""
     lengths = torch.tensor([3, 1, 0, 2])
+    tokens = torch.ones(4, 3, dtype=torch.int64)
     below_a_third = np.array([0.1, 0.2, 0.15, 0.3])  # their std
     above_a_third = np.array([0.0, 1.0, 1.0, 0.0])
     for r in (below_a_third, above_a_third):
         for kw in ({}, {"std_floor": 0.0}, {"std_floor": 0.05}):
             a = (r - r.mean()) / (max(r.std(ddof=1), kw.get("std_floor", 1 / 3)) + 1e-6)
-            A = leaf.grpo_advantages(torch.tensor(r).float(), lengths, **kw)
+            A = leaf.grpo_advantages(tokens, lengths, torch.tensor(r).float(), **kw)
             want = torch.tensor(a)[:, None] * token_mask(lengths, 3)
             torch.testing.assert_close(A.double(), want, atol=1e-6, rtol=1e-5)
-            assert not leaf.grpo_advantages(torch.tensor([0.8]), torch.tensor([2]), **kw).any()
+            alone = leaf.grpo_advantages(tokens[:1], lengths[:1], torch.tensor([0.8]), **kw)
+            assert alone.shape == (1, 3) and not alone.any()
 
 
 def loss_inputs():
@@ -655,21 +685,19 @@ def test_metrics_say_what_to_watch(first_run):
     assert "validation_bleu" in rows[1] and "validation_bleu" not in rows[0]
 
 
-def test_another_credit_rule_is_used(first_run, tmp_path, monkeypatch):
+def test_another_credit_rule_is_used(first_run, tmp_path):
     """One that turns GRPO's advantages around: the first update goes as far the other way."""
-    monkeypatch.setattr(data, "reward", by_letters)
     seen = []
 
     def turned_around(cfg, tokens, lengths, surprisal, rewards):
         seen.append((tokens, lengths, surprisal, rewards))
-        advantages, boundaries = train.credit(cfg, tokens, lengths, surprisal, rewards)
-        return -advantages, boundaries
+        return -train.credit(cfg, tokens, lengths, surprisal, rewards)
 
-    flags = "--algo grpo --steps 1 --update-prompts 4 --micro-prompts 4 --kl-coef 0"
+    flags = "--algo grpo --steps 1 --update-prompts 4 --micro-prompts 4 --kl-coef 0 --eval-every 0"
     moved = []
     for rule in (train.credit, turned_around):
         policy = load_policy(first_run, tmp_path / rule.__name__, flags)
-        train.train_policy(*policy, credit=rule)
+        train.train_policy(*policy, rule, by_letters)
         parameters = lora.lora_parameters(policy[1])
         moved.append({name: p.detach() for name, p in parameters.items() if "lora_B" in name})
     for name, B in moved[0].items():
@@ -698,10 +726,11 @@ def record_rollouts(monkeypatch):
 
 def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_path, monkeypatch):
     rollouts = record_rollouts(monkeypatch)
-    monkeypatch.setattr(data, "reward", by_letters)
     for algo in ("leaf", "grpo"):
         out = tmp_path / algo
-        train.main(tiny(f"--algo {algo} --steps 2", base=base_of(first_run), out=out))
+        train.main(
+            tiny(f"--algo {algo} --steps 2", base=base_of(first_run), out=out), reward=by_letters
+        )
     half = len(rollouts) // 2
     leafs = rollouts[:half]
     grpos = rollouts[half:]
@@ -717,15 +746,16 @@ def test_grpo_and_leaf_see_identical_rollouts_and_decode_as_much(first_run, tmp_
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path, monkeypatch):
+def test_micro_batches_change_memory_and_nothing_else(first_run, tmp_path):
     """Four prompts one by one, as three and one, or together; encoder and decoder have LoRA."""
-    monkeypatch.setattr(data, "reward", by_letters)
     sizes = ("1", "3", "4")
     flags = (
         f"--steps 2 --eval-every 0 --update-prompts 4 --lora-targets {SUFFIXES} --micro-prompts "
     )
     for size in sizes:
-        train.main(tiny(flags + size, base=base_of(first_run), out=tmp_path / size))
+        train.main(
+            tiny(flags + size, base=base_of(first_run), out=tmp_path / size), reward=by_letters
+        )
     runs = [adapter(tmp_path / size) for size in sizes]
     for other in runs[1:]:
         for name, tensor in runs[0].items():
@@ -766,13 +796,12 @@ def test_nobodys_credit_reaches_another_prompt(first_run, tmp_path, monkeypatch)
         seen.append((advantages.clone(), mask.clone()))
         return policy_loss(logp, old_logp, ref_logp, advantages, mask, **settings)
 
-    monkeypatch.setattr(data, "reward", reward)
     monkeypatch.setattr(leaf, "policy_loss", loss)
     for algo in ("leaf", "grpo"):
         seen.clear()
         rewarded.clear()
         flags = f"--algo {algo} --steps 3 --eval-every 0"
-        train.main(tiny(flags, base=base_of(first_run), out=tmp_path / algo))
+        train.main(tiny(flags, base=base_of(first_run), out=tmp_path / algo), reward=reward)
         advantages, masks = (
             torch.cat([F.pad(x, (0, 8 - x.shape[1])) for x in xs]) for xs in zip(*seen)
         )
@@ -820,9 +849,8 @@ def test_who_runs_with_lora_and_who_with_dropout(targets, first_run, tmp_path, m
     watch("response_logp")
     watch("encode")
     monkeypatch.setattr(train, "train_policy", from_here_on)
-    monkeypatch.setattr(data, "reward", by_letters)
     flags = f"--lora-dropout 0.5 --lora-targets {targets}"
-    train.main(tiny(flags, base=base_of(first_run), out=tmp_path / "run"))
+    train.main(tiny(flags, base=base_of(first_run), out=tmp_path / "run"), reward=by_letters)
     expected = {  # (who, with gradient): (LoRA on, dropout on)
         (("sample", False), (True, False)),
         (("response_logp", False), (False, False)),

@@ -14,20 +14,17 @@ saves; the same command goes on from there. `python -m tools.ask RUN AUDIO "ques
 trained.
 """
 
-import argparse
-import contextlib
-import json
+import collections
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import soundfile
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -45,13 +42,23 @@ from lora import (
     save_adapter,
 )
 from model import SpeechLM, to_device
+from upkeep.checkpoints import Rescue, load_checkpoint, save_checkpoint
 from upkeep.errors import UserError, command, reading, writing
-from upkeep.files import check_same, is_there, lock, read_json, read_lines, write_json
+from upkeep.files import check_same, is_there, lock, read_json, read_lines, write_json, write_lines
 from upkeep.flags import check_numbers, flag, make_parser
-from upkeep.log import Log, best_validation
+from upkeep.forks import checked_credit, identity, those_of_the_run
+from upkeep.log import Log, StopSignals, append_line, best_validation, keep_lines
 from upkeep.machine import choose_device, peak_memory, quote
 from upkeep.optim import Updater, learning_rate
-from upkeep.processes import average, join_processes, rank, world
+from upkeep.processes import (
+    any_process,
+    average,
+    average_numbers,
+    joined_processes,
+    rank,
+    wait_for_all,
+    world,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag
@@ -83,12 +90,14 @@ class Config:
     update_prompts: int = flag(4, "prompts per optimiser step (paper: about 1)")
     micro_prompts: int = flag(4, "prompts per forward pass; changes memory and not the result")
     lr: float = flag(2e-3, "peak learning rate (paper: 5e-6, for 2 to 8 billion parameters)")
-    warmup: float = flag(0.05, "share of the steps in which the learning rate rises")
+    warmup: float = flag(
+        0.05, "share of the steps in which the learning rate rises", within="[0, 1)"
+    )
     clip: float = flag(0.2, "epsilon of the clipped ratio")
     kl_coef: float = flag(0.02, "beta, weight of the KL to the base")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    temperature: float = flag(1.0, "sampling temperature of the rollouts")
-    top_p: float = flag(0.9, "rollouts sample from the likeliest tokens of this mass")
+    grad_clip: float = flag(1.0, "largest gradient norm", within="(0, inf)")
+    temperature: float = flag(1.0, "sampling temperature of the rollouts", within="(0, inf)")
+    top_p: float = flag(0.9, "sample from the likeliest tokens of this mass", within="(0, 1]")
     max_new_tokens: int = flag(32, "longest response (paper: 200)")
     rescore: bool = flag(False, "old log-probabilities by a forward pass instead of the sampler's")
 
@@ -99,7 +108,7 @@ class Config:
 
     lora_r: int = flag(16, "rank r (paper: 64)", group="LoRA")
     lora_alpha: float = flag(32.0, "the update is scaled by alpha / r (paper: 128)")
-    lora_dropout: float = flag(0.0, "dropout, in updates only (paper: 0.05)")
+    lora_dropout: float = flag(0.0, "dropout, in updates only (paper: 0.05)", within="[0, 1)")
     lora_targets: str = flag("decoder", "the decoder's 7 projections; or names, q_proj,up_proj,...")
     resume_adapter: str = flag("", "go on from this PEFT adapter; the KL stays that to the base")
 
@@ -114,7 +123,8 @@ class Config:
     cuda_graph: bool = flag(True, "on CUDA, record one decoding step and replay it")
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")
 
-    # May change between a run and its resumption; everything else is what the run is.
+    # May change between a run and its resumption: paths, for which the rows' fingerprint and the
+    # base's relative path stand, and how it is computed. Everything else is what the run is.
     FREE = "out init base data save_every device cuda_graph cache_gb micro_prompts".split()
     # What the base model depends on.
     BASE = "task base_seed ctc_steps sft_steps base_lr base_batch warmup grad_clip".split()
@@ -134,59 +144,75 @@ class Config:
 
 
 # What a random stream is for: the second number of its seed; pretrain has 1 and 2.
-EVALUATION, PROMPT_ORDER, ROLLOUTS, EXAMPLES, ASKED = range(3, 8)
+EVALUATION, PROMPT_ORDER, ROLLOUTS, LOOK = range(3, 7)
+
+# What the loop leaves in the run folder besides policy.jsonl and checkpoints.
+BASE_SCORES = "scores-base.json"  # on the test split
+SAMPLES, SAMPLED_ROWS = "samples.jsonl", 16  # of the validation split
+ASKED = ("prompt", "reference", "transcript", "slots")  # what is kept of a row, as far as it has it
+BEST = "adapter-best"  # of the step with the best validation, beside "adapter", the last
 
 
 # --------------------------------------------------------------------------------------------------
 # The loop: rollouts, rewards, credit, reference, updates, what there is to see
 
 
-def credit(cfg: Config, tokens, lengths, surprisal, rewards):
-    """The rule: advantages (K, T) of one prompt's K responses, and the boundaries they are cut at.
+def credit(cfg: Config, tokens, lengths, surprisal, rewards) -> torch.Tensor:
+    """The rule: advantages (K, T) of the tokens of one prompt's K responses.
 
     tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards [K] float, all on
-    the host. A fork replaces this, or hands a function of its own to train_policy.
+    the host. A fork hands a function of this form to main.
     """
-    boundaries = leaf.select_boundaries(surprisal, lengths, cfg.fork_budget)
-    if cfg.algo == "grpo":  # it has no boundaries; statistics of forks are those LEAF would have
-        advantages = leaf.grpo_advantages(rewards, lengths, cfg.std_floor)
-        return F.pad(advantages, (0, tokens.shape[1] - advantages.shape[1])), boundaries
+    if cfg.algo == "grpo":
+        return leaf.grpo_advantages(tokens, lengths, rewards, cfg.std_floor)
     ablations = {"terms": cfg.terms, "multiplicity": cfg.multiplicity}
-    group = (tokens, lengths, surprisal, rewards)
-    advantages = leaf.leaf_advantages(*group, boundaries=boundaries, **ablations)
-    return advantages, boundaries
+    return leaf.leaf_advantages(tokens, lengths, surprisal, rewards, cfg.fork_budget, **ablations)
 
 
 def train_policy(
     cfg: Config,
     model: SpeechLM,
     tokenizer,
-    train: data.Split,
+    training: data.Split,
     validation: data.Split | None,
     folder: Path,
+    targets,
     credit=credit,
+    reward=data.reward,
 ):
-    """Train LoRA by LEAF or GRPO; credit: the rule, a named function of the form of `credit`
-    above."""
+    """Train LoRA, which `adapt` has put on `targets`, by LEAF, GRPO or another rule."""
     parameters = lora_parameters(model)
     updater = Updater(parameters.values(), cfg.grad_clip)
     updates = cfg.prompts // cfg.update_prompts  # per step
     own_prompts = cfg.update_prompts // world()  # of an update: those of this process
-    rule = getattr(credit, "__name__", type(credit).__name__)
-    log = Log("policy", folder, cfg.steps, parameters, updater.adam, cfg.save_every, rule, world())
-    with log:
-        for step in range(log.start, cfg.steps):
+    model.eval()
+    warned = False
+    checkpoints = folder / "checkpoints" / "policy"
+    start = load_checkpoint(checkpoints, parameters, updater.adam)
+    keep_lines(folder / "policy.jsonl", start)
+    validating = bool(validation and cfg.eval_every) and rank() == 0
+    if validating:
+        best = best_validation(folder / "policy.jsonl").get("validation_reward", -math.inf)
+        # A line before the first step, and one per validation since.
+        keep_lines(folder / SAMPLES, (1 + start // cfg.eval_every) if start else 0)
+        if start == 0:
+            validate(cfg, model, tokenizer, validation, 0, folder, credit, reward)
+    with (
+        Rescue(checkpoints, parameters, updater.adam, start) as rescue,
+        StopSignals() as stop,
+        Log(folder / "policy.jsonl", start, cfg.steps, stop) as log,
+    ):
+        for step in range(start, cfg.steps):
             seed_dropout(cfg.seed, step)
             began = time.perf_counter()
 
             # Rollouts: K responses to each prompt, from the model as it is; LoRA on, dropout off.
-            model.eval()
-            numbers, indices = draw_prompts(cfg, step, len(train.rows))  # P of each
+            draws, indices = draw_prompts(cfg, step, len(training.rows))  # P of each
             u = data.noise(
-                [cfg.seed, ROLLOUTS], numbers, cfg.responses, cfg.max_new_tokens, model.device
+                [cfg.seed, ROLLOUTS], draws, cfg.responses, cfg.max_new_tokens, model.device
             )
             with torch.no_grad():
-                prompts = train.prompts(model, indices)
+                prompts = training.prompts(model, indices)
             rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p)
             rollout = rollout.trimmed()  # (P, K, T), T the longest response
             on_host = rollout.to("cpu")  # plain numbers, for text and trees
@@ -196,24 +222,26 @@ def train_policy(
             rewards = []  # P lists of K
             for i, tokens, lengths in zip(indices, on_host.tokens, on_host.lengths):
                 answers = decode(tokenizer, tokens, lengths)
-                rewards.append(data.reward_all(answers, [train.rows[i]] * cfg.responses))
+                rewards.append(data.rewards_of(answers, [training.rows[i]] * len(answers), reward))
 
-            # Credit: per prompt, from the tree that its own responses form.
+            # Credit: per prompt, by LEAF from the tree that its own responses form.
             advantages, forks = [], []
             surprisal = -on_host.logq
             for p in range(len(indices)):
                 tokens, lengths = on_host.tokens[p], on_host.lengths[p]
-                given, boundaries = credit(cfg, tokens, lengths, surprisal[p], rewards[p])
-                advantages.append(given)
+                of_tokens = credit(cfg, tokens, lengths, surprisal[p], rewards[p])
+                advantages.append(checked_credit(of_tokens, credit, tokens))
+                # Statistics of forks: where LEAF cuts, or would cut if this is another rule.
+                boundaries = leaf.select_boundaries(surprisal[p], lengths, cfg.fork_budget)
                 forks += leaf.fork_stats(tokens, lengths, rewards[p], boundaries)
             advantages = to_device(torch.stack(advantages), model.device)  # (P, K, T)
 
             # Reference: log-probabilities under the base, of what was sampled.
             with lora_disabled(model):
-                ref_logp = score(cfg, model, train, indices, on_host)
+                ref_logp = score(cfg, model, training, indices, on_host)
             old_logp = rollout.logp
             if cfg.rescore:  # still without dropout
-                old_logp = score(cfg, model, train, indices, on_host)
+                old_logp = score(cfg, model, training, indices, on_host)
 
             # Updates: some prompts per optimiser step, fewer per forward pass.
             for layer in lora_layers(model).values():
@@ -221,58 +249,76 @@ def train_policy(
             statistics = []  # of each update, on the device: to read them is to wait for it
             grad_norms = []
             rates = []
+            rescue.updating = True  # from here a step that fails is half done, and is not saved
             for n in range(updates):
                 updater.zero_grad()
-                parts = []
+                sums = collections.Counter()
                 for at in micro_batches(n * own_prompts, (n + 1) * own_prompts, cfg.micro_prompts):
-                    prompts = train.prompts(model, indices[at])
+                    prompts = training.prompts(model, indices[at])
                     logp = model.response_logp(prompts, on_host.tokens[at], on_host.lengths[at])
                     batch = (logp, old_logp[at], ref_logp[at], advantages[at], rollout.mask[at])
                     flat = [x.flatten(0, 1) for x in batch]  # (p * K, T)
                     loss, part = leaf.policy_loss(*flat, clip=cfg.clip, kl_coef=cfg.kl_coef)
                     weight = len(logp) / own_prompts  # its share of the update's responses
                     (loss * weight).backward()
-                    parts.append(weight * torch.stack(list(part.values())))
+                    for name, value in part.items():
+                        sums[name] += weight * value
                 average([p.grad for p in parameters.values()])
                 progress = (step * updates + n + 1) / (cfg.steps * updates)
                 rates.append(learning_rate(cfg.lr, cfg.warmup, progress))
                 grad_norms.append(updater.step(rates[-1]))
-                statistics.append(sum(parts))
+                statistics.append(sums)
+            model.eval()
 
             # What there is to see: metrics, and now and then the validation split.
-            model.eval()
-            names = list(part)
-            statistics = torch.stack(statistics).tolist()
             seconds = time.perf_counter() - began
-            metrics = dict(zip(names, np.mean(statistics, axis=0).tolist()))
+            metrics = {
+                name: fmean(float(update[name]) for update in statistics) for name in statistics[0]
+            }
             metrics |= leaf.group_stats(rewards, forks)
-            first_gap = statistics[0][names.index("ratio_gap")]
             metrics |= {
-                "grad_norm": float(np.mean(grad_norms)),
-                "lr": float(np.mean(rates)),
-                "first_ratio_gap": first_gap,  # sampler against scorer: rounding
+                "grad_norm": fmean(grad_norms),
+                "lr": fmean(rates),
+                "first_ratio_gap": float(statistics[0]["ratio_gap"]),  # sampler against scorer
                 "response_length": float(on_host.lengths.float().mean()),
                 "seconds": seconds,
                 "sampling_share": (sampled - began) / seconds,
-                "tokens_per_second": world() * int(on_host.lengths.sum()) / seconds,
+                "tokens_per_second": world() * int(on_host.lengths.sum()) / seconds,  # of all
             }
-            validation_bleu = {}
-            if validation and rank() == 0 and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-                bleu = greedy_bleu(model, tokenizer, validation, cfg)
-                validation_bleu = {"validation_bleu": bleu}
-            log.record(step, metrics, validation_bleu)
+            metrics = average_numbers(metrics, model.device)
+            done = step + 1
+            if validating and done % cfg.eval_every == 0:
+                metrics |= validate(cfg, model, tokenizer, validation, done, folder, credit, reward)
+                log.say(VALIDATION.format(step=done, **metrics))
+                if metrics["validation_reward"] > best:  # the first of equals
+                    best = metrics["validation_reward"]
+                    with writing(folder / BEST):
+                        save_adapter(model, folder / BEST, targets, base=str(cfg.base_folder))
+            if metrics["equal_rewards"] >= 0.9 and not warned:
+                warned = True
+                log.say(EQUAL_REWARDS.format(step=done))
+
+            # The end of the step: its line, a checkpoint if it is time, and leave if somebody asked.
+            log.write(done, metrics)
+            rescue.done, rescue.updating = done, False
+            stopping = any_process(stop.asked, model.device)  # or the others would wait for ever
+            if rank() == 0 and (done % cfg.save_every == 0 or done == cfg.steps or stopping):
+                log.sync()
+                save_checkpoint(checkpoints, done, parameters, updater.adam)
+            if stopping:
+                raise SystemExit(stop.exit_code)
 
 
 def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int]]:
     """This process's prompts of a step: r, r + N, ... of its rollout batch.
 
-    Returns their numbers in the endless sequence of prompts, which key the noise (a row that comes
-    again gets other noise), and their rows in the training split.
+    Returns which draw of the run each is, for its noise (a row that is drawn again gets other
+    noise), and its row in the training split.
     """
     start = step * cfg.prompts
     own = slice(rank(), None, world())
-    numbers = list(range(start, start + cfg.prompts))[own]
-    return numbers, data.order(rows, [cfg.seed, PROMPT_ORDER], start, cfg.prompts)[own]
+    draws = list(range(start, start + cfg.prompts))[own]
+    return draws, data.order(rows, [cfg.seed, PROMPT_ORDER], start, cfg.prompts)[own]
 
 
 @torch.no_grad()
@@ -287,6 +333,64 @@ def score(cfg: Config, model: SpeechLM, split: data.Split, indices, rollout) -> 
         prompts = split.prompts(model, indices[at])
         parts.append(model.response_logp(prompts, rollout.tokens[at], rollout.lengths[at]))
     return torch.cat(parts)
+
+
+EQUAL_REWARDS = (
+    "step {step}: in nine of ten prompts or more all responses earn the same; they teach nothing"
+)
+VALIDATION = (
+    "step {step}: validation BLEU {validation_bleu:.1f}, reward {validation_reward:.3f}  "
+    "training reward {reward:.2f}, KL {kl:.2f}, usable forks {usable_fork_fire:.2f}"
+)
+
+
+def validate(
+    cfg: Config, model, tokenizer, split: data.Split, step: int, folder: Path, credit, reward
+) -> dict[str, float]:
+    """BLEU and mean reward of greedy answers to the validation split. Those to the first rows,
+    with K sampled ones and their credit, are kept in SAMPLES: a line per validation."""
+    rows = split.rows
+    greedy = answer(model, tokenizer, split, cfg)
+    rewards = data.rewards_of(greedy, rows, reward)
+    bleu = data.corpus_bleu(greedy, [row["reference"] for row in rows], lowercase=True)
+    first = range(min(SAMPLED_ROWS, len(rows)))
+    kept = []
+    for i, sampled in enumerate(
+        sample_with_credit(cfg, model, tokenizer, split, first, credit, reward)
+    ):
+        row = {name: rows[i][name] for name in ASKED if name in rows[i]}
+        row |= {"row": i, "greedy": greedy[i], "greedy_reward": rewards[i]}
+        kept.append(row | sampled)
+    append_line(folder / SAMPLES, {"step": step, "validation_bleu": bleu, "rows": kept})
+    return {"validation_bleu": bleu, "validation_reward": fmean(rewards)}
+
+
+@torch.no_grad()
+def sample_with_credit(
+    cfg: Config, model, tokenizer, split: data.Split, indices, credit, reward
+) -> list[dict]:
+    """Of each row at indices K sampled responses as LEAF sees them, in plain lists: answers, and by
+    token its id, piece and surprisal; rewards, if reward is not None, and the credit of tokens, if
+    the rule is not None either. A row meets the same noise whenever it is looked at."""
+    u = data.noise([cfg.base_seed, LOOK], indices, cfg.responses, cfg.max_new_tokens, model.device)
+    prompts = split.prompts(model, list(indices))
+    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
+    looked = []
+    for i, tokens, lengths, logq in zip(indices, rollout.tokens, rollout.lengths, rollout.logq):
+        found = {"answers": decode(tokenizer, tokens, lengths)}
+        by_token = {"tokens": tokens, "surprisal": -logq}  # (K, T)
+        if reward:
+            row = split.rows[i]
+            rewards = data.rewards_of(found["answers"], [row] * cfg.responses, reward)
+            found["rewards"] = rewards
+            if credit:
+                of_tokens = credit(cfg, tokens, lengths, -logq, rewards)
+                by_token["credit"] = checked_credit(of_tokens, credit, tokens)
+        for name, values in by_token.items():
+            found[name] = [row[:n] for row, n in zip(values.tolist(), lengths.tolist())]
+        found["pieces"] = [tokenizer.pieces(ids) for ids in found["tokens"]]
+        looked.append(found)
+    return looked
 
 
 def micro_batches(start: int, end: int, size: int) -> list[slice]:
@@ -327,24 +431,14 @@ def load(cfg: Config, device, dtype, adapter=""):
             tokenizer = data.Tokenizer(folder / "tokenizer.model")
             model = SpeechLM.from_pretrained(folder, device, dtype)
         else:
-            try:
-                import released  # only now, for it needs packages that nothing else does
-            except ImportError as error:
-                raise UserError(
-                    f"{folder}: a released checkpoint needs {error.name}; "
-                    "fix: pip install -r requirements.txt"
-                ) from None
-            tokenizer = released.ChatTokenizer(folder, cfg.system_prompt)
-            model = released.load_model(folder, device, dtype)
+            import released  # only now, for it needs packages that nothing else does
+
+            model, tokenizer = released.load(folder, device, dtype, cfg.system_prompt)
         if adapter:
             load_adapter(model, adapter)
-        if tokenizer.audio_id != model.config.audio_token_index:
-            raise ValueError(
-                f"{folder}: config.json's audio_token_index is not {data.AUDIO} of its tokenizer"
-            )
-        if tokenizer.vocab_size > model.config.text_config.vocab_size:
-            raise ValueError(f"{folder}: its tokenizer has more tokens than its model")
-        tokenizer.encode_prompt(data.AUDIO + "?")  # a chat template that fails must fail now
+    except ImportError as error:
+        fix = "pip install -r requirements.txt"
+        raise UserError(f"{folder}: a released checkpoint needs {error.name}; fix: {fix}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     model.cuda_graph = cfg.cuda_graph
@@ -395,13 +489,9 @@ def answer(
     return texts
 
 
-def greedy_bleu(model: SpeechLM, tokenizer, split: data.Split, cfg: Config) -> float:
-    """Case-insensitive corpus BLEU of greedy answers."""
-    references = [row["reference"] for row in split.rows]
-    return data.corpus_bleu(answer(model, tokenizer, split, cfg), references, lowercase=True)
-
-
-def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path) -> dict:
+def evaluate(
+    model, tokenizer, split: data.Split, cfg: Config, predictions: Path, reward=data.reward
+) -> dict:
     """data.evaluation_scores on a split; what was answered goes to the file `predictions`."""
     rows = split.rows
     greedy = answer(model, tokenizer, split, cfg)
@@ -413,39 +503,30 @@ def evaluate(model, tokenizer, split: data.Split, cfg: Config, predictions: Path
     swapped = None
     if any(data.named_slots(row) for row in rows):
         swapped = answer(model, tokenizer, split, cfg, audio_of=data.swapped_audio(rows))
-    scores = data.evaluation_scores(rows, greedy, passes, swapped)
-    with writing(predictions), open(predictions, "w", encoding="utf-8") as file:
-        for row, one, *sampled in zip(rows, greedy, *passes):
-            line = {name: row[name] for name in ("audio", "prompt", "reference")}
-            line |= {"greedy": one, "sampled": sampled}
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    scores = data.evaluation_scores(rows, greedy, passes, swapped, reward)
+    lines = []
+    for row, one, *sampled in zip(rows, greedy, *passes):
+        asked = {name: row[name] for name in ("audio", "prompt", "reference")}
+        lines.append(asked | {"greedy": one, "sampled": sampled})
+    write_lines(predictions, lines)
     return scores
 
 
-def score_table(columns: dict[str, dict]) -> list[list[str]]:
-    """Rows of text: the scores that all columns have, the difference of two, and last the field of
-    the slots that each hears worst."""
+def show_table(title: str, columns: dict[str, dict]):
+    """Print the scores that all columns have, the difference of two, and last the field of the slots
+    that each hears worst."""
     results = list(columns.values())
-    scores = [name for name in results[0] if all(name in result for result in results)]
-    table = []
-    for name in scores:
+    names = [name for name in results[0] if all(name in result for result in results)]
+    table = [[title, *columns, *(["difference"] if len(results) == 2 else [])]]
+    for name in names:
         values = [result[name] for result in results]
-        table.append([name, *(f"{value:.2f}" for value in values)])
-        if len(values) == 2:
-            table[-1].append(f"{values[1] - values[0]:+.2f}")
-    fields = [name.removeprefix(data.HEARD) for name in scores if name.startswith(data.HEARD)]
+        difference = [f"{values[1] - values[0]:+.2f}"] if len(values) == 2 else []
+        table.append([name, *(f"{value:.2f}" for value in values), *difference])
+    fields = [name.removeprefix(data.HEARD) for name in names if name.startswith(data.HEARD)]
     if fields:
         worst = [min((result[data.HEARD + field], field) for field in fields) for result in results]
         table.append(["worst heard %", *(f"{field} {value:.1f}" for value, field in worst)])
-    return table
-
-
-def show_table(title: str, columns: dict[str, dict]):
-    header = [title, *columns]
-    if len(columns) == 2:
-        header.append("difference")
-    table = [header, *score_table(columns)]
-    width = max(len(row[0]) for row in table)
+    width = max(len(name) for name, *_ in table)
     print()
     for name, *cells in table:
         print(f"{name:{width}}" + "".join(f" {cell:>10}" for cell in cells))
@@ -461,8 +542,10 @@ def show_examples(folder: Path, count: int = 2):
         print(f"after      {after['greedy']}")
 
 
-def evaluate_only(cfg: Config, folder: Path, device, dtype):
+def evaluate_only(cfg: Config, folder: Path, device, dtype, reward):
     """Figures and answers of a run's or a checkpoint's model on the test split."""
+    if is_there(folder / "config.json"):
+        reward = those_of_the_run(folder, reward=reward)["reward"]
     rows = load_rows(cfg, ("test",))["test"]
     model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     split = data.Split("test", rows, cfg.cache_gb)
@@ -471,11 +554,11 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
         folder.mkdir(parents=True, exist_ok=True)
     name = f"{cfg.name}-best" if Path(cfg.resume_adapter).name == BEST else cfg.name
     figures = folder / f"evaluation-{name}.json"
-    answers = folder / f"predictions-{name}.jsonl"
-    result = evaluate(model, tokenizer, split, cfg, answers)
+    predictions = folder / f"predictions-{name}.jsonl"
+    result = evaluate(model, tokenizer, split, cfg, predictions, reward)
     write_json(figures, {"config": asdict(cfg), "test_rows": len(rows), **result})
     show_table(f"test split, {len(rows)} rows", {"": result})
-    print(f"\nfigures {figures}\nanswers {answers}")
+    print(f"\nfigures {figures}\nanswers {predictions}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -483,41 +566,30 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype):
 
 
 def finished(folder: Path, given: dict, adapter="adapter") -> Config:
-    """The configuration of the finished run in a folder, with its adapter (or BEST), and what was
-    given."""
+    """The configuration of the finished run in a folder, whose resume_adapter is its own adapter (or
+    BEST), wherever it began; what is given on the command line replaces the rest."""
     if not is_there(folder / "results.json"):
         raise UserError(f"{folder} holds no finished run: name one, or train it first")
     with reading(folder, "a finished run"):
-        saved = read_json(folder / "config.json")  # without paths; those that matter follow
+        saved = read_json(folder / "config.json")  # has the base, and no other path
         kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
         kept["data"] = read_json(folder / "results.json")["config"]["data"]
         kept["base"] = os.path.normpath(folder / saved["base"])
     if not is_there(folder / adapter):
         raise UserError(f"{folder} has no {adapter}: it was not validated, see --eval-every")
-    own_adapter = {"resume_adapter": str(folder / adapter)}  # its own, wherever it began
-    return Config(**(kept | given | own_adapter))
-
-
-BEST = "adapter-best"  # of the step with the best validation BLEU, beside "adapter", the last
+    return Config(**(kept | given | {"resume_adapter": str(folder / adapter)}))
 
 
 def evaluated(given: dict, adapter: str) -> Config:
     """What --eval-only means: the finished run in --out; or --init or --base as they are, in a
     folder of their own."""
     cfg = Config(**given)
-    folder = cfg.run_folder
-    if not (cfg.init or cfg.base):
-        return finished(folder, given, adapter)
-    if not cfg.out:
+    as_it_is = cfg.init or cfg.base
+    if as_it_is and not cfg.out:
         cfg.out = f"runs/{cfg.name}-{cfg.base_folder.resolve().name}-evaluation"
-        folder = cfg.run_folder
-    if is_there(folder / "results.json"):
-        return finished(folder, given, adapter)
-    if is_there(folder / "config.json"):
-        raise UserError(
-            f"{folder} holds an unfinished run: train it to its end, or choose another --out"
-        )
-    return cfg
+    if as_it_is and not is_there(cfg.run_folder / "config.json"):
+        return cfg
+    return finished(cfg.run_folder, given, adapter)
 
 
 def parse(argv) -> tuple[Config, bool]:
@@ -535,67 +607,51 @@ def parse(argv) -> tuple[Config, bool]:
     if given.get("init") and given.get("base"):
         parser.error("--init and --base exclude each other")
     cfg = evaluated(given, adapter) if eval_only else Config(**given)
-    check_flags(parser, cfg)
-    return cfg, eval_only
-
-
-def check_flags(parser: argparse.ArgumentParser, cfg: Config):
     check_numbers(parser, cfg)
-    if cfg.grad_clip == 0:
-        parser.error("grad_clip must be above 0, or no gradient is left")
-    if cfg.warmup >= 1 or cfg.lora_dropout >= 1:
-        parser.error(
-            f"warmup and lora_dropout must be below 1, not {cfg.warmup} and {cfg.lora_dropout}"
-        )
     if cfg.prompts % cfg.update_prompts:
         parser.error(
             f"prompts ({cfg.prompts}) must be a multiple of update_prompts ({cfg.update_prompts})"
         )
-    if not 0 < cfg.top_p <= 1 or cfg.temperature == 0:
-        parser.error(
-            "top_p must lie in (0, 1] and temperature above 0, "
-            f"not {cfg.top_p} and {cfg.temperature}"
-        )
+    return cfg, eval_only
 
 
-def main(argv=None):
+def main(argv=None, credit=credit, reward=data.reward):
+    """Everything that the command line starts; a fork hands in a rule of the form of `credit`, or a
+    reward of the form of data.reward."""
     began = time.time()
     cfg, eval_only = parse(argv)
     device, dtype = choose_device(cfg.device, cfg.dtype)
-    for name in ("tokenizer.json", "config.json") if cfg.init else ():
-        if not is_there(cfg.base_folder / name):
+    for name in ("tokenizer.json", "config.json"):
+        if cfg.init and not is_there(cfg.base_folder / name):
             raise UserError(f"--init {cfg.init}: this is no folder with a checkpoint's {name}")
-    join_processes(device)
-    if world() > 1 and (eval_only or cfg.update_prompts % world()):
-        raise UserError(
-            f"{world()} processes only train, and must share update_prompts "
-            f"({cfg.update_prompts}) evenly"
-        )
-    if eval_only:
-        evaluate_only(cfg, cfg.run_folder, device, dtype)
-        return
-    with contextlib.ExitStack() as stack:
-        if rank() > 0:  # only the first process writes and speaks
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
-            dist.barrier()  # the first process has checked the corpus, for all
+    with joined_processes(device):
+        if world() > 1 and (eval_only or cfg.update_prompts % world()):
+            raise UserError(
+                f"{world()} processes only train, and must share update_prompts "
+                f"({cfg.update_prompts}) evenly"
+            )
+        if eval_only:
+            evaluate_only(cfg, cfg.run_folder, device, dtype, reward)
+            return
+        if rank() > 0:
+            wait_for_all()  # the first process has checked the corpus, for all
         corpus = load_rows(cfg)  # checked whole before anything is written
-        if rank() == 0:
-            if world() > 1:
-                dist.barrier()
-            stack.enter_context(lock(cfg.run_folder, wait=False))
-        run(cfg, corpus, device, dtype, began)
-    if world() > 1:
-        dist.destroy_process_group()
+        if rank() > 0:
+            run(cfg, corpus, device, dtype, began, credit, reward)
+            return
+        wait_for_all()  # lets the others in
+        with lock(cfg.run_folder, wait=False):
+            run(cfg, corpus, device, dtype, began, credit, reward)
 
 
-def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float):
+def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float, credit, reward):
     """Base, before, training, after; in a run folder that is ours alone."""
     folder = cfg.run_folder
     base_folder = cfg.base_folder
     settings = {name: value for name, value in asdict(cfg).items() if name not in Config.FREE}
     settings["base"] = os.path.relpath(base_folder, folder)
     settings["rows"] = fingerprint(sum(corpus.values(), []), cfg.data)
+    settings |= {"credit": identity(credit), "reward": identity(reward)}
     if rank() == 0:
         check_same(folder, settings, "config.json", asdict(Config()))
     title = f"test split, {len(corpus['test'])} rows"
@@ -610,19 +666,14 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     # Base: load it, or train it. LoRA, off for now.
     wanted = corpus if rank() == 0 else {"train": corpus["train"]}
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in wanted.items()}
+    digest = fingerprint(corpus["train"], cfg.data)
     files = (base_folder / "base.json", base_folder / "model.safetensors")
-    chosen_by_hand = cfg.base and all(map(is_there, files))  # taken as it is
-    if chosen_by_hand:
-        rows = fingerprint(corpus["train"], cfg.data)
-        if read_json(base_folder / "base.json").get("rows") != rows:
-            print(
-                f"note: {base_folder} was trained on other rows, perhaps on some of this test split"
-            )
+    if cfg.base and all(map(is_there, files)):  # chosen by hand: it is taken as it is
+        if read_json(base_folder / "base.json").get("rows") != digest:
+            print(f"note: {base_folder} was trained on other rows, some perhaps of this test split")
     elif not cfg.init and rank() == 0:
-        rows = fingerprint(corpus["train"], cfg.data)
-        pretrain.make_base(cfg, splits["train"], rows, base_folder, device)
-    if world() > 1:
-        dist.barrier()
+        pretrain.make_base(cfg, splits["train"], digest, base_folder, device)
+    wait_for_all()
     model, tokenizer = load(cfg, device, dtype)
     targets = adapt(cfg, model)
     hearing_is_frozen = all(name.startswith("language_model.") for name in lora_layers(model))
@@ -632,40 +683,34 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
     # Measure it.
     if rank() == 0:
         with lora_disabled(model):
-            if not is_there(folder / "base.json"):
-                answers = folder / "predictions-base.jsonl"
-                scores = evaluate(model, tokenizer, splits["test"], cfg, answers)
-                write_json(folder / "base.json", scores)
-            base_result = read_json(folder / "base.json")
+            if not is_there(folder / BASE_SCORES):
+                predictions = folder / "predictions-base.jsonl"
+                scores = evaluate(model, tokenizer, splits["test"], cfg, predictions, reward)
+                write_json(folder / BASE_SCORES, scores)
+            base_result = read_json(folder / BASE_SCORES)
 
     # Train.
+    rule = cfg.algo.upper() if credit.__name__ == "credit" else credit.__qualname__
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     batch = f"{cfg.prompts} prompts x {cfg.responses} responses"
-    print(f"\n{cfg.algo.upper()}: {cfg.steps} steps of {batch}, {trainable:,} LoRA parameters")
-    train_policy(cfg, model, tokenizer, splits["train"], splits.get("validation"), folder)
+    print(f"\n{rule}: {cfg.steps} steps of {batch}, {trainable:,} LoRA parameters")
+    training, validation = splits["train"], splits.get("validation")
+    train_policy(cfg, model, tokenizer, training, validation, folder, targets, credit, reward)
     if rank() > 0:
         return
     with writing(folder / "adapter"):
         save_adapter(model, folder / "adapter", targets, base=str(base_folder))
     best = best_validation(folder / "policy.jsonl")
-    if "step" in best:
-        parameters = lora_parameters(model)
-        file = folder / "checkpoints" / "policy" / "best.safetensors"
-        with reading(file, "safetensors"):
-            saved = load_file(file)
-        values = [saved[name].to(model.device) for name in parameters]
-        with writing(folder / BEST), other_values(parameters.values(), values):
-            save_adapter(model, folder / BEST, targets, base=str(base_folder))
 
     # Measure again, and show.
-    answers = folder / "predictions-trained.jsonl"
-    trained_result = evaluate(model, tokenizer, splits["test"], cfg, answers)
+    predictions = folder / "predictions-trained.jsonl"
+    trained_result = evaluate(model, tokenizer, splits["test"], cfg, predictions, reward)
     results = {
         "config": asdict(cfg),
         "test_rows": len(corpus["test"]),
         "base": base_result,
         "trained": trained_result,
-        "best": {name: best.get(name) for name in ("step", "validation_bleu")},
+        "best": {name: best.get(name) for name in ("step", "validation_bleu", "validation_reward")},
         "seconds": time.time() - began,
         "peak_memory_gb": peak_memory(device) / 1e9,
         "device": str(device),
@@ -680,29 +725,16 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float)
         with writing(recording):
             soundfile.write(recording, example["audio"].samples().numpy(), data.SAMPLE_RATE)
     question = quote(example["prompt"].removeprefix(data.AUDIO))
-    asking = f"python -m tools.ask {quote(str(folder))} {quote(str(recording))} {question}"
+    out = quote(str(folder))
+    asking = f"python -m tools.ask {out} {quote(str(recording))} {question}"
     print(f"""
-run         {folder}  (policy.jsonl: metrics, adapter/: LoRA in PEFT's format, results.json)
-best step   {best.get("step", "not validated")}  ({BEST}/; to test it: --eval-only --best)
+run         {folder}  (policy.jsonl: metrics; adapter/ and {BEST}/: LoRA in PEFT's format)
+best step   {best.get("step", "not validated")}  (python train.py --eval-only --best --out {out})
 base        {base_folder}
 ask it      {asking}
 its tree    ... --samples 8 --reference {quote(example["reference"])}
-see it all  python -m tools.report {quote(str(folder))}
+see it all  python -m tools.report {out}
 took        {results["seconds"]:.0f} s, peak memory {results["peak_memory_gb"]:.1f} GB""")
-
-
-@contextlib.contextmanager
-def other_values(parameters, values):
-    """A context in which the parameters have these values; afterwards, and after an exception,
-    their own."""
-    own = [parameter.data for parameter in parameters]
-    try:
-        for parameter, value in zip(parameters, values):
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in zip(parameters, own):
-            parameter.data = value
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_the_methods_of_the_comparison_sample_as_much():
     for name, flags in (compare.METHODS | compare.LARGER_GROUPS).items():
         cfg = train.Config(**flags)
         assert cfg.prompts * cfg.responses == 64 and cfg.prompts == 2 * cfg.update_prompts, name
-        advantages, _ = train.credit(cfg, tokens, lengths, surprisal, [0.1, 0.2, 0.4, 0.3])
+        advantages = train.credit(cfg, tokens, lengths, surprisal, [0.1, 0.2, 0.4, 0.3])
         seen.add(tuple(advantages.flatten().tolist()))
     assert len(seen) == len(compare.METHODS)
 

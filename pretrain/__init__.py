@@ -13,16 +13,17 @@ import torch.nn.functional as F
 
 import data
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig, pad_ragged
+from upkeep.checkpoints import Rescue, load_checkpoint, save_checkpoint
 from upkeep.errors import writing
 from upkeep.files import check_same, is_there, lock, sync, write_file
-from upkeep.log import Log
+from upkeep.log import Log, StopSignals, keep_lines
 from upkeep.optim import Updater, learning_rate
 
 # What a random stream is for: the second number of its seed; train.py has the others.
 CTC_ORDER, SFT_ORDER = 1, 2
 
 
-def make_base(cfg, train: data.Split, fingerprint: str, folder: Path, device):
+def make_base(cfg, training: data.Split, fingerprint: str, folder: Path, device):
     """Train the base unless it is there; waits where another run is training the same one.
     fingerprint: of the rows, with which alone it goes on."""
     settings = {name: getattr(cfg, name) for name in cfg.BASE} | {"rows": fingerprint}
@@ -32,27 +33,27 @@ def make_base(cfg, train: data.Split, fingerprint: str, folder: Path, device):
         with lock(folder, wait=True):
             if not is_there(whole):
                 check_same(folder, settings, "base.json", defaults)
-                train_base(cfg, train, folder, device)
+                train_base(cfg, training, folder, device)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     check_same(folder, settings, "base.json", defaults)
 
 
-def train_base(cfg, train: data.Split, work: Path, device):
+def train_base(cfg, training: data.Split, work: Path, device):
     """Train the compact model from scratch; saves a folder that SpeechLM.from_pretrained reads."""
-    write_file(work / "tokenizer.model", data.Tokenizer.train(train.rows))
+    write_file(work / "tokenizer.model", data.Tokenizer.train(training.rows))
     tokenizer = data.Tokenizer(work / "tokenizer.model")
-    alphabet = data.Alphabet.of(train.rows)
+    alphabet = data.Alphabet.of(training.rows)
     config = compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
     model = init_weights(SpeechLM(config), cfg.base_seed).to(device)
     print(f"training a base model of {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    transcripts = [alphabet.encode(row.get("transcript", "")) for row in train.rows]
+    transcripts = [alphabet.encode(row.get("transcript", "")) for row in training.rows]
     has_transcripts = any(transcripts)
     if has_transcripts:
-        train_ctc(cfg, model, train, transcripts, work)
+        train_ctc(cfg, model, training, transcripts, work)
     else:
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
-    train_sft(cfg, model, tokenizer, train, work, freeze_encoder=has_transcripts)
+    train_sft(cfg, model, tokenizer, training, work, freeze_encoder=has_transcripts)
     whole = work / "checkpoints" / "whole"
     with writing(whole):
         model.save(whole)
@@ -118,20 +119,28 @@ def init_weights(model: SpeechLM, seed: int) -> SpeechLM:
     return model
 
 
-def train_ctc(cfg, model: SpeechLM, train: data.Split, transcripts, folder: Path):
+def train_ctc(cfg, model: SpeechLM, training: data.Split, transcripts, folder: Path):
     """The encoder learns to spell. The loss is the mean of the last and the middle CTC head's, per
     character; transcripts: a list of classes for each row, empty where there is none."""
     spoken = [i for i, transcript in enumerate(transcripts) if transcript]
     encoder = model.encoder.train()
     updater = Updater(encoder.parameters(), cfg.grad_clip, encoder.buffers())
     state = encoder.state_dict(keep_vars=True)
-    with Log("ctc", folder, cfg.ctc_steps, state, updater.adam, cfg.save_every) as log:
-        for step in range(log.start, cfg.ctc_steps):
-            start = step * cfg.base_batch
-            order = data.order(len(spoken), [cfg.base_seed, CTC_ORDER], start, cfg.base_batch)
-            rows = [spoken[i] for i in order]
+    checkpoints = folder / "checkpoints" / "ctc"
+    start = load_checkpoint(checkpoints, state, updater.adam)
+    keep_lines(folder / "ctc.jsonl", start)
+    with (
+        Rescue(checkpoints, state, updater.adam, start) as rescue,
+        StopSignals() as stop,
+        Log(folder / "ctc.jsonl", start, cfg.ctc_steps, stop) as log,
+    ):
+        for step in range(start, cfg.ctc_steps):
+            first = step * cfg.base_batch
+            drawn = data.order(len(spoken), [cfg.base_seed, CTC_ORDER], first, cfg.base_batch)
+            rows = [spoken[i] for i in drawn]
+            mel, lengths = pad_ragged(training.mels(rows), model.device)  # (B, T, 160), (B,)
             updater.zero_grad()
-            mel, lengths = pad_ragged(train.mels(rows), model.device)  # (B, T, 160), (B,)
+            rescue.updating = True  # BatchNorm's statistics move in the forward pass
             frames, middle_logits = encoder(mel, lengths)
             labels = torch.cat([torch.tensor(transcripts[i]) for i in rows]).to(model.device)
             label_lengths = torch.tensor([len(transcripts[i]) for i in rows])
@@ -144,32 +153,48 @@ def train_ctc(cfg, model: SpeechLM, train: data.Split, transcripts, folder: Path
             loss.backward()
             lr = learning_rate(cfg.base_lr, cfg.warmup, (step + 1) / cfg.ctc_steps)
             grad_norm = updater.step(lr)
-            log.record(step, {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr})
+
+            done = step + 1
+            log.write(done, {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr})
+            rescue.done, rescue.updating = done, False
+            if done % cfg.save_every == 0 or done == cfg.ctc_steps or stop.asked:
+                log.sync()
+                save_checkpoint(checkpoints, done, state, updater.adam)
+            if stop.asked:
+                raise SystemExit(stop.exit_code)
     encoder.eval()
 
 
-def train_sft(cfg, model: SpeechLM, tokenizer, train, folder: Path, freeze_encoder: bool):
+def train_sft(cfg, model: SpeechLM, tokenizer, training, folder: Path, freeze_encoder: bool):
     """Projector and decoder learn the targets, token by token, from encoder frames that are
     computed once; without transcripts the encoder learns with them."""
     model.train()
     trained = [model.projector, model.language_model]
     if freeze_encoder:
         model.encoder.eval().requires_grad_(False)
-        kept_frames = train.encode(model)
+        kept_frames = training.encode(model)
     else:
         trained.append(model.encoder)
     parameters = [p for module in trained for p in module.parameters()]
     updater = Updater(parameters, cfg.grad_clip, model.buffers())
-    prompt_ids = [tokenizer.encode_prompt(row["prompt"]) for row in train.rows]
-    answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in train.rows]
+    prompt_ids = [tokenizer.encode_prompt(row["prompt"]) for row in training.rows]
+    answers = [torch.tensor(tokenizer.encode_answer(data.target(row))) for row in training.rows]
     state = model.state_dict(keep_vars=True)
-    with Log("sft", folder, cfg.sft_steps, state, updater.adam, cfg.save_every) as log:
-        for step in range(log.start, cfg.sft_steps):
-            start = step * cfg.base_batch
-            rows = data.order(len(answers), [cfg.base_seed, SFT_ORDER], start, cfg.base_batch)
+    checkpoints = folder / "checkpoints" / "sft"
+    start = load_checkpoint(checkpoints, state, updater.adam)
+    keep_lines(folder / "sft.jsonl", start)
+    with (
+        Rescue(checkpoints, state, updater.adam, start) as rescue,
+        StopSignals() as stop,
+        Log(folder / "sft.jsonl", start, cfg.sft_steps, stop) as log,
+    ):
+        for step in range(start, cfg.sft_steps):
+            first = step * cfg.base_batch
+            rows = data.order(len(answers), [cfg.base_seed, SFT_ORDER], first, cfg.base_batch)
+            heard = kept_frames(rows) if freeze_encoder else training.mels(rows)
             updater.zero_grad()
-            frames = kept_frames(rows) if freeze_encoder else model.encode(train.mels(rows))
-            audio = model.project(frames)
+            rescue.updating = True
+            audio = model.project(heard if freeze_encoder else model.encode(heard))
             prompts = model.embed_prompts([prompt_ids[i] for i in rows], audio)
             tokens, lengths = pad_ragged([answers[i] for i in rows], torch.device("cpu"))
             logp = model.response_logp(prompts, tokens[:, None], lengths[:, None])  # 0 past ends
@@ -177,5 +202,13 @@ def train_sft(cfg, model: SpeechLM, tokenizer, train, folder: Path, freeze_encod
             loss.backward()
             lr = learning_rate(cfg.base_lr, cfg.warmup, (step + 1) / cfg.sft_steps)
             grad_norm = updater.step(lr)
-            log.record(step, {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr})
+
+            done = step + 1
+            log.write(done, {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr})
+            rescue.done, rescue.updating = done, False
+            if done % cfg.save_every == 0 or done == cfg.sft_steps or stop.asked:
+                log.sync()
+                save_checkpoint(checkpoints, done, state, updater.adam)
+            if stop.asked:
+                raise SystemExit(stop.exit_code)
     model.eval()

@@ -694,21 +694,23 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
     """--init with its chat and its LoRA merged; a run that was stopped; --resume-adapter;
     --eval-only on both."""
     folder, _, _ = checkpoint
-    monkeypatch.setattr(data, "reward", by_letters)
     corpus = write_corpus(tmp_path / "tones")
     whole = tmp_path / "whole"
     flags = f"--lora-targets {SUFFIXES} --system-prompt Hm. --lr 0.05"
     command = tiny(flags, init=folder, data=corpus)
     evaluate_whole = ["--eval-only", "--out", str(whole), "--device", "cpu"]
-    train.main([*command, "--out", str(whole), "--eval-passes", "2"])
+    train.main([*command, "--out", str(whole), "--eval-passes", "2"], reward=by_letters)
     assert {"base-tones-seed0", "whole-training"}.isdisjoint(p.name for p in tmp_path.iterdir())
     results = read_json(whole / "results.json")
 
     # The base column is the checkpoint's own, the trained one the run's; predictions are a judge's
     # to read.
-    train.main([*command, "--eval-only", "--eval-passes", "2", "--out", str(tmp_path / "base")])
+    train.main(
+        [*command, "--eval-only", "--eval-passes", "2", "--out", str(tmp_path / "base")],
+        reward=by_letters,
+    )
     base = read_json(tmp_path / "base" / "evaluation-tones.json")
-    train.main(evaluate_whole)
+    train.main(evaluate_whole, reward=by_letters)
     trained = read_json(whole / "evaluation-tones.json")
     for name, value in results["trained"].items():
         assert (base[name], trained[name]) == (results["base"][name], value), name
@@ -738,7 +740,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
     assert half.dtype == half.projector.query.dtype == torch.bfloat16
 
     # Its settings are the run's unless given; a checkpoint without --out has a folder of its own.
-    train.main([*evaluate_whole, "--test-rows", "3", "--eval-passes", "1"])
+    train.main([*evaluate_whole, "--test-rows", "3", "--eval-passes", "1"], reward=by_letters)
     some = read_json(whole / "evaluation-tones.json")
     assert (some["test_rows"], some["config"]["eval_passes"], some["config"]["lora_r"]) == (3, 1, 4)
     monkeypatch.chdir(tmp_path)
@@ -752,7 +754,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
     with monkeypatch.context() as recorded:
         recorded.setattr(SpeechLM, "sample", recording)
         own_adapter = ["--resume-adapter", str(whole / "adapter")]
-        train.main([*command, "--eval-only", "--eval-passes", "3", *own_adapter])
+        train.main([*command, "--eval-only", "--eval-passes", "3", *own_adapter], reward=by_letters)
     own_folder = tmp_path / "runs" / f"tones-{folder.name}-evaluation"
     again = read_json(own_folder / "evaluation-tones.json")
     assert again["BLEU greedy"] == trained["BLEU greedy"]
@@ -762,13 +764,13 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
     greedy = [row["greedy"] for row in read_json_lines(own_folder / "predictions-tones.jsonl")]
     assert greedy == [row["greedy"] for row in rows]
     (corpus / "train.jsonl").rename(corpus / "kept")  # only the test split is asked for
-    train.main([*evaluate_whole, "--eval-passes", "1"])
+    train.main([*evaluate_whole, "--eval-passes", "1"], reward=by_letters)
     (corpus / "kept").rename(corpus / "train.jsonl")
 
     # An adapter goes on from where it was, with its own settings.
     more = tmp_path / "more"
     other_settings = "--lora-r 9 --lr 0 --eval-passes 2".split()
-    train.main([*command, *own_adapter, *other_settings, "--out", str(more)])
+    train.main([*command, *own_adapter, *other_settings, "--out", str(more)], reward=by_letters)
     same(adapter(more), adapter(whole))
     more_results = read_json(more / "results.json")
     assert more_results["base"] == results["base"]
@@ -787,7 +789,7 @@ def test_a_checkpoint_is_trained_evaluated_and_goes_on(
         ),
     ):
         with pytest.raises(UserError, match=words):
-            train.main([*command, *flags])
+            train.main([*command, *flags], reward=by_letters)
     with pytest.raises(SystemExit):
         train.main([*command, "--base", str(tmp_path / "b")])
 

@@ -425,6 +425,9 @@ def assert_same_run(a, b, base=True):
         base_a, base_b = (load_file(base_of(folder) / "model.safetensors") for folder in (a, b))
         assert all(torch.equal(base_a[k], base_b[k]) for k in base_a)
     assert repr(metrics(a)) == repr(metrics(b))  # repr: nan equals nan
+    samples_a, samples_b = (folder / "samples.jsonl" for folder in (a, b))
+    assert samples_a.exists() == samples_b.exists()
+    assert not samples_a.exists() or samples_a.read_bytes() == samples_b.read_bytes()
     results_a, results_b = (read_json(folder / "results.json") for folder in (a, b))
     assert repr(results_a["base"]) == repr(results_b["base"])
     assert repr(results_a["trained"]) == repr(results_b["trained"])
@@ -436,15 +439,15 @@ def by_letters(answer, row):
 
 
 def load_policy(first_run, out, flags):
-    """What train_policy is given, up to the folder `out`: on the base of the first run, with fresh
+    """What train_policy is given, up to the targets: on the base of the first run, with fresh
     LoRA."""
     cfg, _ = train.parse(tiny(flags, base=base_of(first_run), out=out))
     model, tokenizer = train.load(cfg, torch.device("cpu"), torch.float32)
-    train.adapt(cfg, model)
+    targets = train.adapt(cfg, model)
     splits = {name: data.Split(name, rows, 1.0) for name, rows in train.load_rows(cfg).items()}
     for split in splits.values():
         split.hear(model, tokenizer)
-    return cfg, model, tokenizer, splits["train"], splits["validation"], out
+    return cfg, model, tokenizer, splits["train"], splits["validation"], out, targets
 
 
 def write_corpus(folder, transcripts=True, rows=12):

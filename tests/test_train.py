@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from tests.helpers import (
     by_letters,
     first_run,
     metrics,
+    read_json_lines,
     same,
     seeded,
     stopping_at,
     tiny,
     write_corpus,
 )
+from tools import ask
 from upkeep.errors import DataError, UserError
 from upkeep.files import read_json
 from upkeep.optim import learning_rate
@@ -39,15 +42,15 @@ __all__ = ["first_run", "seeded"]  # fixtures
 
 
 def test_the_best_step_is_kept(first_run, tmp_path, monkeypatch):
-    """The first with the greatest validation BLEU; a stop in between changes nothing."""
-    bleu = [10.0, 30.0, 30.0, 20.0]
+    """The first with the greatest mean reward in validation; a stop in between changes nothing."""
+    reward = [0.2, 0.1, 0.3, 0.3, 0.2]  # before the first step, and after each
     weights = []
 
-    def measured(model, tokenizer, split, cfg):
+    def measured(cfg, model, tokenizer, split, step, *_):
         weights.append({n: p.detach().clone() for n, p in lora.lora_parameters(model).items()})
-        return bleu[len(weights) - 1]
+        return {"validation_bleu": 100 - step, "validation_reward": reward[step]}
 
-    monkeypatch.setattr(train, "greedy_bleu", measured)
+    monkeypatch.setattr(train, "validate", measured)
     for stop in (3, 5):  # updates of the policy; two a step
         weights.clear()
         run = tmp_path / f"run-{stop}"
@@ -56,9 +59,9 @@ def test_the_best_step_is_kept(first_run, tmp_path, monkeypatch):
             train.main(command)
         train.main(command)
         results = read_json(run / "results.json")
-        assert results["best"] == {"step": 2, "validation_bleu": 30.0}
+        assert results["best"] == {"step": 2, "validation_bleu": 98, "validation_reward": 0.3}
         best = load_file(run / "adapter-best" / "adapter_model.safetensors")
-        for name, tensor in weights[1].items():
+        for name, tensor in weights[2].items():
             same(best[f"base_model.model.{transformers_name(name)}.weight"], tensor)
         assert not torch.equal(next(iter(adapter(run).values())), next(iter(best.values())))
     monkeypatch.undo()
@@ -104,7 +107,7 @@ def test_evaluation_swaps_the_audio(first_run, tmp_path, monkeypatch):
     every = list(range(6))
     assert heard == [(every, None)] * 2 + [(every, data.swapped_audio(rows))]
     evaluation = read_json(first_run / "evaluation-qa.json")
-    base = read_json(first_run / "base.json")
+    base = read_json(first_run / "scores-base.json")
     assert base.keys() < evaluation.keys() and base["mean reward x100, ceiling"] < 100
     assert len([name for name in base if name.startswith("heard %, ")]) == len(synthetic.FIELDS)
 
@@ -198,10 +201,9 @@ def test_text_beyond_ascii_is_escaped_where_it_must_be(first_run, tmp_path):
 def test_an_encoder_with_lora_is_trained_and_never_heard_stale(first_run, tmp_path, monkeypatch):
     """Its adapters move, and after that sampler and scorer still agree: both hear with the
     encoder as it is."""
-    monkeypatch.setattr(data, "reward", by_letters)
     run = tmp_path / "run"
     flags = f"--lora-targets {SUFFIXES} --lr 0.02"
-    train.main(tiny(flags, base=base_of(first_run), out=run))
+    train.main(tiny(flags, base=base_of(first_run), out=run), reward=by_letters)
     of_encoder = {n: t for n, t in adapter(run).items() if "encoder" in n and "lora_B" in n}
     moved = [t.abs().max() for t in of_encoder.values()]
     assert len(moved) == 8 and min(moved) > 1e-4
@@ -242,7 +244,7 @@ def test_a_run_is_evaluated_with_what_it_learned(first_run, tmp_path):
         cfg, _ = train.parse([*command, "--out", str(first_run)])
         assert cfg.resume_adapter == str(first_run / "adapter")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="unfinished"):
+    with pytest.raises(UserError, match="no finished run"):
         train.parse([*command, "--out", str(tmp_path)])
     outs = {train.parse(["--eval-only", "--init", ck, "--data", "d"])[0].out for ck in ("a", "b")}
     assert len(outs) == 2  # the second checkpoint's figures do not replace the first's
@@ -252,3 +254,74 @@ def test_a_moved_base_gets_one_line(first_run, tmp_path):
     gone = str(tmp_path / "gone")
     with pytest.raises(UserError, match="the base .*gone is missing"):
         train.main(["--eval-only", "--out", str(first_run), "--base", gone, "--device", "cpu"])
+
+
+def test_the_readmes_fork_is_a_whole_run(first_run, tmp_path, capsys):
+    """Its folder remembers rule and reward; who has others sees answers, and no figures of theirs."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import torch\nimport train.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "fork.py").write_text(code)
+    run = tmp_path / "run"
+    script = [sys.executable, str(tmp_path / "fork.py"), *tiny(base=base_of(first_run), out=run)]
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=paths)
+    assert done.returncode == 0 and "mean reward" in done.stdout, done.stderr
+    config = read_json(run / "config.json")
+    assert config["credit"].startswith("rloo ") and config["reward"].startswith("exact_match ")
+    kept = read_json_lines(run / "samples.jsonl")
+    assert [line["step"] for line in kept] == [0, 2, 4] and len(kept[0]["rows"]) == 4
+    for row in kept[2]["rows"]:
+        r = torch.tensor([float(a.split() == row["reference"].split()) for a in row["answers"]])
+        assert row["rewards"] == r.tolist()
+        others = [(r.sum() - r[k]) / (len(r) - 1) for k in range(len(r))]
+        for k, credit in enumerate(row["credit"]):
+            assert credit == pytest.approx(
+                [float(r[k] - others[k])] * len(row["tokens"][k]), abs=1e-6
+            )
+    train.main(["--eval-only", "--out", str(run), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "has the reward exact_match" in said and "BLEU greedy" in said
+    assert "mean reward" not in said
+    asked = [str(run), str(run / "example.wav"), "What happened?", "--device", "cpu"]
+    ask.main([*asked, "--samples", "4", "--reference", "Anna"])
+    said = capsys.readouterr().out
+    assert "has the credit rloo" in said and "root  n=4\n" in said and "A=" not in said
+    with pytest.raises(UserError, match="(?s)another configuration.*credit: 'rloo"):
+        train.main(tiny(base=base_of(first_run), out=run))
+
+
+def test_what_the_loop_says(first_run, tmp_path, capsys):
+    """In lines of 100 columns; of rewards that teach nothing once."""
+
+    def constant(answer, row):
+        return 1.0
+
+    flags = "--steps 3 --eval-every 1 --no-multiplicity"
+    train.main(tiny(flags, base=base_of(first_run), out=tmp_path / "run"), reward=constant)
+    said = capsys.readouterr().out
+    assert said.count("all responses earn the same") == 1
+    assert said.count("validation BLEU") == 3
+    figures = {"validation_bleu": 100.0, "validation_reward": -1.0, "reward": -1.0, "kl": 99.0}
+    longest = train.VALIDATION.format(step=99_999, usable_fork_fire=1.0, **figures)
+    assert len(longest) <= 100
+
+
+def test_the_readmes_width_is_a_base_of_its_own(tmp_path):
+    """Whose decoder is that wide, and with adapters that fit it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import pretrain.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "wide.py").write_text(code)
+    command = tiny("--steps 1 --eval-every 0", base=tmp_path / "wide", out=tmp_path / "run")
+    script = [sys.executable, str(tmp_path / "wide.py"), *command]
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=paths)
+    assert done.returncode == 0, done.stderr
+    text = read_json(tmp_path / "wide" / "config.json")["text_config"]
+    scale = (text["hidden_size"] / text["num_attention_heads"]) ** -0.5
+    assert text["hidden_size"] > 128 and text["attention_multiplier"] == scale
+    sizes = {
+        tensor.shape[1]
+        for name, tensor in adapter(tmp_path / "run").items()
+        if "q_proj.lora_A" in name
+    }
+    assert sizes == {text["hidden_size"]}

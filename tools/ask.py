@@ -3,18 +3,22 @@
     python -m tools.ask RUN AUDIO "question"
 
 prints the greedy answer; with --samples 8 also the prefix tree of 8 sampled ones; and with
---reference TEXT besides, their rewards, the values of prefixes and every token's credit. The
+--reference TEXT besides, their rewards, the values of prefixes and the credit of every span. The
 recording comes before the question, or where the question has <|audio|>.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 import data
 import leaf
 import train
 from corpora.load import Recording
 from upkeep.errors import command
+from upkeep.forks import those_of_the_run
 from upkeep.machine import choose_device
 
 
@@ -32,22 +36,20 @@ def ask(
     print(train.answer(model, tokenizer, split, cfg)[0])
     if samples == 0:
         return
-    u = data.noise([cfg.seed, train.ASKED], [0], samples, cfg.max_new_tokens, model.device)
-    prompts = split.prompts(model, [0])
-    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
-    tokens, lengths, surprisal = rollout.tokens[0], rollout.lengths[0], -rollout.logq[0]
-    rewards = [0.0] * samples
+    ours = {"credit": None, "reward": None}
     if reference:
-        answers = train.decode(tokenizer, tokens, lengths)
-        rewards = data.reward_all(answers, [row] * samples)
-    advantages, boundaries = train.credit(cfg, tokens, lengths, surprisal, rewards)
-    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    pieces = [tokenizer.pieces(t[:n].tolist()) for t, n in zip(tokens, lengths)]
+        ours = those_of_the_run(run, credit=train.credit, reward=data.reward)
+    cfg.responses = samples
+    sampled = train.sample_with_credit(cfg, model, tokenizer, split, [0], **ours)[0]
+    surprisal = [torch.tensor(values) for values in sampled["surprisal"]]
+    lengths = [len(values) for values in surprisal]
+    boundaries = leaf.select_boundaries(
+        pad_sequence(surprisal, batch_first=True), lengths, cfg.fork_budget
+    )
+    rewards = sampled.get("rewards")
+    nodes = leaf.build_tree(sampled["tokens"], lengths, rewards or [0.0] * samples, boundaries)
     print(f"boundaries {boundaries}")
-    if reference:
-        print(leaf.format_tree(pieces, rewards, nodes, advantages.tolist()))
-    else:
-        print(leaf.format_tree(pieces, None, nodes))
+    print(leaf.format_tree(sampled["pieces"], rewards, nodes, sampled.get("credit")))
 
 
 def main(argv=None):

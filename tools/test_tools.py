@@ -1,4 +1,4 @@
-"""tools.ask, on a run in miniature."""
+"""tools.ask and tools.picture, on a run in miniature."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import data
 import lora
 import train
 from tests.helpers import ROOT, first_run, read_json_lines, seeded, tiny, write_corpus
-from tools import ask
+from tools import ask, picture
 from upkeep.errors import DataError, UserError
 from upkeep.tensors import transformers_name
 
@@ -32,6 +33,7 @@ def test_ask_answers_and_draws_the_tree(first_run, capsys):
     tree = capsys.readouterr().out
     assert tree.startswith(answer) and "root  n=4  V=" in tree and "boundaries [" in tree
     assert sum("response" in line and "r=" in line for line in tree.splitlines()) == 4
+    assert " A=" in tree and len(tree.splitlines()) <= 3 + 4 + 4  # root, nodes at two cuts, answers
     with pytest.raises(DataError, match="missing.wav"):
         ask.main([str(first_run), "missing.wav", "What?", "--device", "cpu"])
 
@@ -41,7 +43,7 @@ def test_without_a_reference_the_tree_has_no_values(first_run, capsys):
     ask.main([*command, "--samples", "4"])
     tree = capsys.readouterr().out
     assert "root  n=4\n" in tree and "boundaries [" in tree
-    assert "V=" not in tree and "r=" not in tree and "advantage" not in tree
+    assert "V=" not in tree and "r=" not in tree and "A=" not in tree
     assert sum("response" in line for line in tree.splitlines()) == 4
 
 
@@ -145,3 +147,33 @@ def test_the_readmes_lines_answer_from_python(first_run, capsys):
     said = capsys.readouterr().out
     ask.main([str(first_run), recording, "What happened?"])
     assert said == capsys.readouterr().out and said.strip()
+
+
+def test_the_picture_has_both_rules_on_one_scale(first_run, tmp_path):
+    """The example of leaf.py: raw credit by hand, as a share of the largest, which is LEAF's of cdE."""
+    run = tmp_path / "run"
+    shutil.copytree(first_run, run)
+    row = {
+        "tokens": [[0, 1, 2, 3, 4], [0, 1, 4], [0, 1, 4]],
+        "pieces": [list("abcdE"), list("abE"), list("abE")],
+        "surprisal": [[0.1, 0.1, 2.0, 0.3, 3.0], [0.1, 0.1, 0.4], [0.1, 0.1, 0.4]],
+        "rewards": [1.0, 0.2, 0.2],
+        "greedy": "abcd",
+        "greedy_reward": 1.0,
+        "reference": "abcd",
+    }
+    (run / "samples.jsonl").write_text(json.dumps({"step": 4, "rows": [row, row]}) + "\n")
+    picture.main([str(run), "--step", "4", "--row", "1", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="no row 2"):
+        picture.main([str(run), "--step", "4", "--row", "2"])
+    for theme in ("light", "dark"):
+        shapes = list(ElementTree.parse(tmp_path / f"picture-{theme}.svg").getroot())
+        words = [shape.text for shape in shapes if shape.tag.endswith("text")]
+        assert words[3:] == ["LEAF", *"abcd", "1.00", "2 × 0.20", "GRPO", "1.00", "2 × 0.20"]
+        praise, blame = picture.THEMES[theme][4:]
+        boxes = [shape for shape in shapes if "fill-opacity" in shape.keys()][
+            9:
+        ]  # after the scale's
+        shares = [float(box.get("fill-opacity")) for box in boxes]
+        assert shares == pytest.approx([0, 1, 0.5, 0.25], abs=1e-3)  # ab, cd; GRPO's
+        assert [box.get("fill") for box in boxes[1:]] == [praise, praise, blame]

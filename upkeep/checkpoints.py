@@ -1,7 +1,6 @@
 """Checkpoints of a stage of training, whole or not at all: tensors, the optimiser's moments, the step."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -11,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from upkeep.errors import UserError, reading, writing
-from upkeep.files import sync, write_json
+from upkeep.files import sync
+from upkeep.processes import rank, world
 from upkeep.tensors import is_finite
 
 
-def save_checkpoint(folder: Path, step: int, named, optimizer, rule: str = ""):
-    """One folder, step-NNNNNN, of tensors, moments and the step number: everything is written and
-    synced under another name, then renamed once. The newest two are kept."""
+def save_checkpoint(folder: Path, step: int, named, optimizer):
+    """One folder, step-NNNNNN, of tensors and moments: everything is written and synced under
+    another name, then renamed once. The newest two are kept."""
     tensors = {f"value.{name}": tensor for name, tensor in named.items()}
     for name, tensor in named.items():
         for key, moment in optimizer.state.get(tensor, {}).items():
@@ -32,7 +32,6 @@ def save_checkpoint(folder: Path, step: int, named, optimizer, rule: str = ""):
     with writing(temporary):
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "tensors.safetensors")
-        write_json(temporary / "state.json", {"step": step, "credit": rule})
         sync(temporary / "tensors.safetensors")
         sync(temporary)
         os.rename(temporary, final)
@@ -45,10 +44,14 @@ def saved_steps(folder: Path) -> list[Path]:
     found = []
     with reading(folder, "a folder"), contextlib.suppress(FileNotFoundError):
         found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
-def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def load_checkpoint(folder: Path, named, optimizer) -> int:
     """Restore the newest checkpoint; returns its step, 0 where there is none. One that cannot be
     read stops the run: nobody but the user gives up what was saved."""
     with reading(folder, "a folder"):
@@ -57,12 +60,7 @@ def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
     saved = saved_steps(folder)
     if not saved:
         return 0
-    saved_rule, tensors = read_checkpoint(saved[-1], named)
-    if saved_rule != rule:
-        raise UserError(
-            f"{folder} was trained with the credit rule {saved_rule!r}, not {rule!r}: "
-            "go on with that one, or choose another folder with --out"
-        )
+    tensors = read_checkpoint(saved[-1], named)
     with torch.no_grad():
         for name, tensor in named.items():
             tensor.copy_(tensors.pop(f"value.{name}"))
@@ -70,13 +68,12 @@ def load_checkpoint(folder: Path, named, optimizer, rule: str = "") -> int:
         kind, _, name = key.partition(".")
         # Fused AdamW keeps all of it with the parameter, the step count included.
         optimizer.state[named[name]][kind] = moment.to(named[name].device)
-    return int(saved[-1].name.removeprefix("step-"))
+    return step_of(saved[-1])
 
 
-def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
-    """The credit rule and the tensors, which are those of `named` and no others."""
+def read_checkpoint(path: Path, named) -> dict[str, torch.Tensor]:
+    """The tensors, which are those of `named` and no others."""
     with reading(path, "a checkpoint of this run", f"to go on from the one before, remove {path}"):
-        rule = json.loads((path / "state.json").read_bytes())["credit"]
         tensors = load_file(path / "tensors.safetensors")
         unfit = {f"value.{name}" for name in named} - tensors.keys()
         for key, tensor in tensors.items():
@@ -87,4 +84,29 @@ def read_checkpoint(path: Path, named) -> tuple[str, dict[str, torch.Tensor]]:
                 raise ValueError(f"{key} has values that are not finite")
         if unfit:
             raise ValueError(f"it lacks {min(unfit)}, or has it in another shape")
-    return rule, tensors
+    return tensors
+
+
+class Rescue:
+    """A context around the loop of a stage, which tells where the same command goes on if the loop
+    is left before its end. Where a step fails (by an exception in somebody's reward or rule, in a
+    recording, for lack of memory) while the weights are still those of `done` whole steps, these
+    are saved, as after a request to stop. Nothing is caught."""
+
+    def __init__(self, folder: Path, named, optimizer, done: int):
+        self.folder, self.named, self.optimizer = folder, named, optimizer
+        self.done = done  # steps whose lines are written
+        self.updating = False  # whether the next one may have changed the weights already
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or rank() > 0:
+            return
+        saved = max((step_of(path) for path in saved_steps(self.folder)), default=0)
+        if self.done > saved and not self.updating and world() == 1:
+            save_checkpoint(self.folder, self.done, self.named, self.optimizer)
+            saved = self.done
+        if saved:
+            print(f"saved step {saved} in {self.folder}; the same command goes on from there")

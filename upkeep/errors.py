@@ -66,9 +66,9 @@ def writing(path: Path):
         ) from None
 
 
-def command(main):
-    """Run a program from the command line: an error that the user can mend is one line on stderr
-    and exit code 2."""
+def command(main, **handed_in):
+    """Run a program from the command line, main(**handed_in): an error that the user can mend is
+    one line on stderr and exit code 2."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))
@@ -76,7 +76,7 @@ def command(main):
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main()
+        main(**handed_in)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

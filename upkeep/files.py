@@ -48,6 +48,12 @@ def write_json(path: Path, value):
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_lines(path: Path, rows: list[dict]):
+    """A JSON object a line; what is no JSON is written as its text."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    write_file(path, "".join(lines).encode())
+
+
 def write_file(path: Path, content: bytes):
     """Written and synced beside its place, then renamed into it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -87,8 +93,10 @@ def lock(folder: Path, wait: bool):
 
 
 # What a run or a base leaves in its folder. A log, a scheduler's output, .DS_Store are not ours.
-OURS = {"config.json", "base.json", "ctc.jsonl", "sft.jsonl", "policy.jsonl", "checkpoints"}
-OURS |= {"predictions-base.jsonl", "results.json", "adapter", "adapter-best", "model.safetensors"}
+OURS = set(
+    "config.json base.json ctc.jsonl sft.jsonl policy.jsonl samples.jsonl checkpoints "
+    "predictions-base.jsonl scores-base.json results.json adapter adapter-best model.safetensors".split()
+)
 
 
 def check_same(folder: Path, settings: dict, file: str, defaults: dict, ours=OURS):

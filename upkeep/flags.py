@@ -1,14 +1,14 @@
 """A command line from a dataclass of settings: every field is a flag."""
 
 import argparse
-import math
 import os
 from dataclasses import field, fields
 
 
-def flag(default, help: str, choices=None, least: int = 1, group: str = ""):
-    """A field that is a flag. least: the smallest value of a whole number; group: starts one."""
-    metadata = {"help": help, "choices": choices, "least": least, "group": group}
+def flag(default, help: str, choices=None, least: int = 1, within: str = "[0, inf)", group=""):
+    """A field that is a flag. least: the smallest value of a whole number; within: the interval of
+    any other number, a round bracket for an end that is not in it; group: starts one."""
+    metadata = {"help": help, "choices": choices, "least": least, "within": within, "group": group}
     return field(default=default, metadata=metadata)
 
 
@@ -50,11 +50,15 @@ def words(value: str) -> str:
 
 
 def check_numbers(parser: argparse.ArgumentParser, cfg):
-    """End with exit code 2 where a number is below its least, or no number that counts."""
+    """End with exit code 2 where a number is not one of those that its flag takes."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if type(f.default) is int and not f.metadata["least"] <= value < 2**63:
             least = f.metadata["least"]
             parser.error(f"{f.name} must be at least {least} and below 2**63, not {value}")
-        if type(f.default) is float and not 0 <= value < math.inf:
-            parser.error(f"{f.name} must be a number from 0 up, not {value}")
+        if type(f.default) is float:
+            within = f.metadata["within"]
+            low, high = map(float, within[1:-1].split(","))
+            is_end = value == low and within[0] == "[" or value == high and within[-1] == "]"
+            if not (low < value < high or is_end):
+                parser.error(f"{f.name} must lie in {within}, not {value}")

@@ -1,138 +1,134 @@
-"""The log of a stage of training, which also saves it, resumes it and stops it when asked."""
+"""What a stage of training writes and says while it runs, and requests to stop it."""
 
 import json
-import math
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
-from upkeep.checkpoints import load_checkpoint, save_checkpoint
 from upkeep.errors import reading, writing
-from upkeep.files import read_lines, write_file
-from upkeep.processes import average, rank
+from upkeep.files import is_there, read_lines, write_file
+from upkeep.processes import rank
 
 
-class Log:
-    """Where a stage of training stands: `start`, its first step, and `record`, called after each.
-
-    The steps before `start` are in the newest checkpoint below folder, which is loaded into `named`
-    (tensors) and the optimizer. Everything random inside a step is keyed by (seed, step), so that
-    is all the state there is: a resumed run repeats nothing and misses nothing. rule: the credit
-    rule, which may not change on the way; processes: how many take these steps together.
-
-    As a context it notes Ctrl-C, SIGTERM, a closed terminal and a reader that has left (`| head`),
-    for record() to save and leave. A second Ctrl-C stops at once; other signals may come twice, for
-    torchrun forwards what a scheduler sends to all.
-    """
-
-    def __init__(
-        self, stage, folder: Path, steps: int, named, optimizer, save_every, rule="", processes=1
-    ):
-        self.stage, self.steps, self.named, self.optimizer = stage, steps, named, optimizer
-        self.save_every, self.rule, self.processes = save_every, rule, processes
-        self.writes = rank() == 0
-        self.checkpoints = folder / "checkpoints" / stage
-        self.start = load_checkpoint(self.checkpoints, named, optimizer, rule)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{stage}.jsonl" if self.writes else Path(os.devnull)
-        self.best = self.checkpoints / "best.safetensors"
-        self.best_bleu = -math.inf
-        if self.writes:  # one line a step: what lies past the checkpoint comes again
-            lines = []
-            if self.path.exists():
-                with reading(self.path, "the metrics of a run"):
-                    lines = self.path.read_bytes().splitlines(keepends=True)[: self.start]
-            write_file(self.path, b"".join(lines))
-            self.best_bleu = best_validation(self.path)["validation_bleu"]
-        self.stop_signals = []
+class StopSignals:
+    """A context that notes Ctrl-C, SIGTERM and a closed terminal, for the loop to save and leave
+    after the step. A second Ctrl-C stops at once; other signals may come twice, for torchrun forwards
+    what a scheduler sends to all. Outside the main thread, to which signals come, none is noted."""
 
     def __enter__(self):
-        with writing(self.path):
-            self.file = open(self.path, "a", encoding="utf-8")
-        disable = None if self.writes else True  # None: where there is no terminal
-        self.bar = tqdm(
-            total=self.steps, initial=self.start, desc=self.stage, disable=disable, mininterval=0.5
-        )
+        self.numbers = []
         self.handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.handlers[number] = signal.signal(number, self.ask_to_stop)
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
         return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def ask_to_stop(self, number, frame):
+        if number == signal.SIGINT and number in self.numbers:
+            raise SystemExit(128 + number)
+        self.numbers.append(number)
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.numbers)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.numbers or [signal.SIGTERM])[0]  # or another process was asked
+
+
+class Log:
+    """A context in which `write` appends a line of metrics per step to a file, moves a bar, and
+    tells how far it is where there is no terminal for one. Only the first process does. Where
+    nobody reads what is printed any more (`| head`), stop is asked."""
+
+    def __init__(self, path: Path, start: int, steps: int, stop: StopSignals):
+        self.path = path if rank() == 0 else Path(os.devnull)
+        self.stage, self.start, self.steps, self.stop = path.stem, start, steps, stop
+
+    def __enter__(self):
+        with writing(self.path):
+            self.file = open(self.path, "a", encoding="utf-8")
+        disable = None if rank() == 0 else True  # None: where there is no terminal
+        self.bar = tqdm(
+            total=self.steps, initial=self.start, desc=self.stage, disable=disable, mininterval=0.5
+        )
+        self.began = time.time()
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
         with writing(self.path):
             self.file.close()
 
-    def ask_to_stop(self, number, frame):
-        if number == signal.SIGINT and number in self.stop_signals:
-            raise SystemExit(128 + number)
-        self.stop_signals.append(number)
-
-    def record(self, step: int, metrics: dict[str, float], validation=None):
-        """Log a step that is done: the mean of the processes' metrics, and figures of validation
-        where there are any. Save when it is time, or when somebody was asked to stop, and stop."""
-        stopping = len(self.stop_signals)
-        if self.processes > 1:  # all stop, or the others would wait for ever
-            device = next(iter(self.named.values())).device
-            values = torch.tensor([*metrics.values(), stopping], device=device)
-            average([values])
-            *means, stopping = values.tolist()
-            metrics = dict(zip(metrics, means))
-        metrics = metrics | (validation or {})
-        done = step + 1
+    def write(self, done: int, metrics: dict[str, float]):
+        """The line of the step after which `done` are done."""
         with writing(self.path):
             self.file.write(json.dumps({"step": done, **metrics}) + "\n")
             self.file.flush()
-        if validation and validation["validation_bleu"] > self.best_bleu:  # the first of equals
-            self.best_bleu = validation["validation_bleu"]
-            values = {name: tensor.detach().cpu() for name, tensor in self.named.items()}
-            write_file(self.best, save(values))
-        shown = [name for name in ("loss", "reward", "kl") if name in metrics]
-        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
-        self.say(done, VALIDATION.format(step=done, **metrics) if validation else "")
-        if self.writes and (done % self.save_every == 0 or done == self.steps or stopping):
-            with writing(self.path):
-                os.fsync(self.file.fileno())
-            save_checkpoint(self.checkpoints, done, self.named, self.optimizer, self.rule)
-        if stopping:
-            saved = f"saved step {done} of {self.steps} in {self.checkpoints}"
-            self.say(done, f"{saved}; the same command goes on from there")
-            raise SystemExit(128 + (self.stop_signals or [signal.SIGTERM])[0])
-
-    def say(self, done: int, text: str):
-        """Move the bar, and print above it. Where nobody reads any more, be silent and stop."""
+        shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
         try:
+            self.bar.set_postfix(shown, refresh=False)
             self.bar.update(done - self.bar.n)
-            if text:
-                tqdm.write(text)
         except OSError:
-            self.bar.disable = True
-            sys.stdout = open(os.devnull, "w")
-            self.stop_signals.append(signal.SIGTERM)
+            self.nobody_reads()
+        if self.bar.disable and 10 * done // self.steps > 10 * (done - 1) // self.steps:
+            seconds = (time.time() - self.began) / (done - self.start) * (self.steps - done)
+            told = "  ".join(f"{name} {value}" for name, value in shown.items())
+            left = tqdm.format_interval(seconds)
+            self.say(f"{self.stage} {done}/{self.steps}  {told}  {left} left")
+
+    def say(self, text: str):
+        """Print a line, above the bar."""
+        try:
+            tqdm.write(text)
+        except OSError:
+            self.nobody_reads()
+
+    def nobody_reads(self):
+        """Be silent from now on, and ask the run to stop."""
+        self.bar.disable = True
+        sys.stdout = open(os.devnull, "w")
+        self.stop.numbers.append(signal.SIGTERM)
+
+    def sync(self):
+        """Wait until all lines are on the disk."""
+        with writing(self.path):
+            os.fsync(self.file.fileno())
 
 
-VALIDATION = (
-    "step {step}: validation BLEU {validation_bleu:.1f}  reward {reward:.3f}  KL {kl:.3f}  "
-    "clipped {clip_fraction:.3f}  ratio {ratio:.3f}  grad {grad_norm:.2f}  "
-    "length {response_length:.1f}  equal rewards {equal_rewards:.2f}  "
-    "usable forks {usable_fork_fire:.2f}  {tokens_per_second:.0f} tokens/s"
-)
+SHOWN = ("loss", "reward", "kl")
+
+
+def keep_lines(path: Path, count: int):
+    """Cut a file of lines to the first so many: what lies past a checkpoint comes again."""
+    if rank() == 0:
+        with reading(path, "lines"):
+            lines = path.read_bytes().splitlines(keepends=True) if is_there(path) else []
+        write_file(path, b"".join(lines[:count]))
+
+
+def append_line(path: Path, row: dict):
+    """One more line, on the disk when this returns."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def best_validation(metrics: Path) -> dict:
-    """The first line with the greatest validation BLEU; without a step where there is none."""
-    best = {"validation_bleu": -math.inf}
-    for row in read_lines(metrics):
-        if row.get("validation_bleu", -math.inf) > best["validation_bleu"]:
-            best = row
-    return best
+    """The first line of policy.jsonl with the greatest mean reward in validation; {} where none
+    has one."""
+    validated = [line for line in read_lines(metrics) if "validation_reward" in line]
+    return max(validated, key=lambda line: line["validation_reward"], default={})

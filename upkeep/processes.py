@@ -3,6 +3,7 @@
 LoRA's gradients, whose mean is all that travels, are small.
 """
 
+import contextlib
 import datetime
 import os
 
@@ -22,16 +23,32 @@ def local_rank() -> int:
     return int(given[2])
 
 
-def join_processes(device: torch.device):
-    """Join those that torchrun started beside this one, if it did."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        on_gpus = device.type == "cuda"
-        # No early time-out: the others wait while the first trains a base, or evaluates.
-        dist.init_process_group(
-            "nccl" if on_gpus else "gloo",
-            timeout=datetime.timedelta(days=1),
-            device_id=device if on_gpus else None,
-        )
+@contextlib.contextmanager
+def joined_processes(device: torch.device):
+    """A context in which this process works with those that torchrun started beside it, if it did;
+    only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        yield
+        return
+    on_gpus = device.type == "cuda"
+    # No early time-out: the others wait while the first trains a base, or evaluates.
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        timeout=datetime.timedelta(days=1),
+        device_id=device if on_gpus else None,
+    )
+    if rank() == 0:
+        yield
+    else:
+        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+            yield
+    dist.destroy_process_group()
+
+
+def wait_for_all():
+    """Until every process is here."""
+    if world() > 1:
+        dist.barrier()
 
 
 def rank() -> int:
@@ -51,3 +68,16 @@ def average(tensors: list[torch.Tensor]):
         flat /= world()
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(mean.view_as(tensor))
+
+
+def average_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each over the processes."""
+    if world() == 1:
+        return numbers
+    values = torch.tensor(list(numbers.values()), device=device)
+    average([values])
+    return dict(zip(numbers, values.tolist()))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    return average_numbers({"flag": float(flag)}, device)["flag"] > 0

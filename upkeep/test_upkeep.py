@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import math
 import os
@@ -13,8 +14,10 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -34,7 +37,6 @@ from tests.helpers import (
     by_letters,
     edit_json,
     first_run,
-    load_policy,
     make_model,
     metrics,
     randn,
@@ -46,7 +48,8 @@ from tests.helpers import (
 from upkeep import checkpoints
 from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
 from upkeep.errors import DataError, UserError, command, reading
-from upkeep.files import lock
+from upkeep.files import lock, read_lines
+from upkeep.log import Log, StopSignals
 from upkeep.machine import choose_device, quote
 from upkeep.optim import Updater, learning_rate
 from upkeep.tensors import our_name, transformers_name
@@ -178,7 +181,7 @@ def test_a_reader_that_leaves_is_a_request_to_stop(first_run, tmp_path):
         said = process.stderr.read()
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said and "Exception" not in said
-    assert len(metrics(tmp_path / "run")) == 2  # noticed after the first, saved after the second
+    assert len(metrics(tmp_path / "run")) == 1  # noticed and saved after the first
     train.main(flags)
     rows = [{k: v for k, v in row.items() if "validation" not in k} for row in metrics(first_run)]
     for row, want in zip(metrics(tmp_path / "run"), rows, strict=True):
@@ -232,7 +235,7 @@ def all_files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["cut", "no tensors", "no step", "a list", "nan", "no moment"])
+@pytest.mark.parametrize("damage", ["cut", "no tensors", "nan", "no moment"])
 def test_a_damaged_checkpoint_stops_the_run(damage, stopped_run, first_run, capsys):
     """Nothing is touched; one line says what to remove to go on from the one before. What has
     another name there is not ours."""
@@ -243,10 +246,6 @@ def test_a_damaged_checkpoint_stops_the_run(damage, stopped_run, first_run, caps
         os.truncate(tensors, 1000)
     elif damage == "no tensors":
         tensors.unlink()
-    elif damage == "no step":
-        (newest / "state.json").write_text("")
-    elif damage == "a list":
-        (newest / "state.json").write_text("[3]")
     else:
         saved = load_file(tensors)
         name = next(name for name in saved if name.startswith("exp_avg."))
@@ -378,18 +377,18 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(first_ru
         train.main(tiny("--ctc-steps 5", out=first_run.parent / "other"))
 
 
-def test_a_folder_serves_one_process_and_is_taken_by_what_trains_there(
-    first_run, tmp_path, monkeypatch
-):
+def test_a_folder_serves_one_process_and_is_taken_by_what_trains_there(first_run, tmp_path):
     run = tmp_path / "run"
     command = tiny(base=base_of(first_run), out=run)
     with lock(run, wait=False):
         with pytest.raises(UserError, match="in use by another process"):
             train.main(tiny(out=run))
-    with monkeypatch.context() as broken:
-        broken.setattr(data, "reward", lambda answer, row: math.nan)
-        with pytest.raises(UserError, match=r"data.reward gave nan for the answer"):
-            train.main([*command, "--lr", "0.1"])
+
+    def broken(answer, row):
+        return math.nan
+
+    with pytest.raises(UserError, match="broken gave nan, no finite number, for the answer"):
+        train.main([*command, "--lr", "0.1"], reward=broken)
     train.main(command)  # nothing had been done there yet
     (run / "results.json").write_text("{")
     with pytest.raises(DataError, match=r"results.json cannot be read"):
@@ -637,27 +636,102 @@ def test_flags_are_few_and_in_groups(capsys):
     assert {"--base-lr", "--init"} <= set(of_title["base model:"])
 
 
-def test_a_run_goes_on_with_its_own_credit_rule_only(first_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "reward", by_letters)
+def test_a_run_goes_on_with_its_own_rule_and_reward_only(first_run, tmp_path):
+    """A step that fails before it changes anything is saved like a stop; comments and docstrings
+    are no other rule."""
     calls = []
 
     def own_rule(cfg, *group):
-        calls.append(None)
+        """Fails once."""
+        calls.append(None)  # of a prompt
         if len(calls) == 2 * 4 + 1:  # in the third step of 4 prompts
             raise ZeroDivisionError
         return train.credit(cfg, *group)
 
-    def policy():
-        return load_policy(first_run, tmp_path / "run", "--save-every 1")
+    first = own_rule
 
+    def own_rule(cfg, *group):
+        calls.append(None)
+        if len(calls) == 2 * 4 + 1:
+            raise ZeroDivisionError
+        return train.credit(cfg, *group)
+
+    command = tiny("--save-every 4 --eval-every 0", base=base_of(first_run), out=tmp_path / "run")
     with pytest.raises(ZeroDivisionError):
-        train.train_policy(*policy(), credit=own_rule)
+        train.main(command, first, by_letters)
+    assert [path.name for path in saved_steps(tmp_path / "run/checkpoints/policy")] == [
+        "step-000002"
+    ]
     assert len(metrics(tmp_path / "run")) == 2
-    with pytest.raises(UserError, match="credit rule 'own_rule', not 'credit'"):
-        train.train_policy(*policy())
-    train.train_policy(*policy(), credit=own_rule)
+    for others, told in (
+        ({}, r"(?s)credit: '\S*own_rule \w+' there, 'credit \w+' now.*reward: "),
+        ({"credit": own_rule}, r"reward: 'by_letters \w+' there, 'reward \w+' now"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train.main(command, **others)
+    train.main(command, own_rule, by_letters)
     assert len(calls) == 2 * 4 + 1 + 2 * 4
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_step_that_fails_half_way_is_not_saved(first_run, tmp_path, monkeypatch, capsys):
+    """Its weights are no longer those of the step before."""
+    command = tiny("--save-every 2 --eval-every 0", base=base_of(first_run), out=tmp_path / "run")
+    updates = []
+    step = Updater.step
+
+    def failing(self, *args):
+        updates.append(None)
+        if len(updates) == 2 * 3 + 2:  # the second update of the fourth step
+            raise MemoryError
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Updater, "step", failing)
+        train.main(command, reward=by_letters)
+    checkpoints = saved_steps(tmp_path / "run" / "checkpoints" / "policy")
+    assert [path.name for path in checkpoints] == ["step-000002"]
+    assert "saved step 2 in" in capsys.readouterr().out
+    train.main(command, reward=by_letters)
+    train.main([*command[:-1], str(tmp_path / "whole")], reward=by_letters)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", base=False)
+
+
+def test_training_in_a_thread(first_run, tmp_path):
+    """Where no signals come to."""
+    out = tmp_path / "run"
+    command = tiny("--steps 1 --eval-every 0", base=base_of(first_run), out=out)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(train.main, command).result()
+    assert (out / "results.json").exists()
+
+
+def test_what_a_fork_hands_in_is_checked(first_run, tmp_path):
+    def number_of_each(cfg, tokens, lengths, surprisal, rewards):
+        return torch.tensor(rewards)  # (K,)
+
+    def not_finite(cfg, tokens, *_):
+        return torch.full(tokens.shape, math.nan)
+
+    for n, (rule, gave) in enumerate(((number_of_each, r"a tensor \(4,\)"), (not_finite, "gave"))):
+        command = tiny("--eval-every 0", base=base_of(first_run), out=tmp_path / str(n))
+        with pytest.raises(UserError, match=rf"{rule.__name__} must return .*\(4, \d\).*{gave}"):
+            train.main(command, credit=rule)
+    given = [True, np.float32(0.5), np.int64(1), np.array(0.5), torch.tensor(0.5)]
+
+    def next_given(answer, row):
+        return given.pop()
+
+    while given:
+        want = [float(given[-1])]
+        assert data.rewards_of(["a"], [{"prompt": "p"}], next_given) == want
+    given += [None, "0.5", math.nan, np.array([0.5]), torch.ones(2), 1j, 10**400]
+    while given:
+        with pytest.raises(UserError, match="next_given gave .* for the answer 'a' to 'p'"):
+            data.rewards_of(["a"], [{"prompt": "p"}], next_given)
+    for no_function in (lambda answer, row: 1.0, functools.partial(by_letters), "reward", len):
+        with pytest.raises(UserError, match="must be a function, made by def in a file"):
+            train.main(tiny(base=base_of(first_run), out=tmp_path / "none"), reward=no_function)
 
 
 def test_a_checkpoint_goes_to_where_its_parameters_are(tmp_path, monkeypatch):
@@ -821,6 +895,18 @@ def test_a_card_that_this_torch_cannot_run_is_refused(monkeypatch):
     ) as told:
         choose_device("auto", "auto")
     assert "\n" not in str(told.value)
+
+
+def test_without_a_terminal_a_line_per_tenth_tells_how_far_it_is(tmp_path, capsys):
+    """And what is there already is not counted as quick work."""
+    path = tmp_path / "ctc.jsonl"
+    with StopSignals() as stop, Log(path, 10, 40, stop) as log:
+        for done in range(11, 41):
+            log.write(done, {"loss": 0.5, "lr": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{n}/40" for n in range(12, 41, 4)]
+    assert all(re.fullmatch(r"ctc \d+/40  loss 0.500  00:0\d left", line) for line in lines)
+    assert [line["step"] for line in read_lines(path)] == list(range(11, 41))
 
 
 def test_apples_gpu_is_taken_by_name_and_from_torch_2_13_on(monkeypatch):
