@@ -2,11 +2,11 @@
 
     python -m tools.report RUN [RUN ...]
 
-writes report.html into the first run's folder: what was run, the scores of base and trained model,
-learning curves, and examples with the recording, the answers, and the prefix tree of the sampled
-responses, its tokens on the colour of their credit. A run need not be finished: its newest
-checkpoint is shown. Everything is computed here; report.html beside this file, in which the page's
-JavaScript is, only draws it.
+writes report.html into the first run's folder: three recordings with the answers to them from before
+training to its end, and the credit that LEAF and GRPO give to what was sampled; curves, scores and
+settings. A run need not be finished. What it kept in samples.jsonl is shown, without model or reward;
+test rows (--rows), and a run that kept nothing, are answered by the model. Everything is computed
+here; report.html beside this file, in which the page's JavaScript is, only draws it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 from shlex import quote
-from statistics import fmean
+from statistics import fmean, median, pstdev, stdev
 
 import soundfile
 import torch
@@ -29,29 +29,24 @@ import leaf
 import train
 from corpora.load import fingerprint
 from lora import lora_disabled, lora_parameters
-from upkeep.checkpoints import read_checkpoint, saved_steps
+from upkeep.checkpoints import read_checkpoint, saved_steps, step_of
 from upkeep.errors import DataError, UserError, command, reading, writing
 from upkeep.files import is_there, read_json, read_lines
+from upkeep.forks import identity, those_of_the_run
 from upkeep.machine import choose_device
 
-CURVES = {  # of policy.jsonl: a title, and what to look for
-    "reward": ("Reward", "of the sampled answers, 0 to 1; should rise"),
-    "validation_bleu": (
-        "Validation BLEU",
-        "greedy answers to rows not trained on, from the first validation on; should rise",
-    ),
-    "kl": ("KL to the base", "how far the model has gone; should stay below about 1"),
-    "grad_norm": ("Gradient norm", "before --grad-clip (1 by default); trouble where it soars"),
-    "response_length": ("Response length", "tokens; a collapse or an explosion is trouble"),
-    "equal_rewards": ("Prompts with equal rewards", "a share; these teach nothing"),
-    "usable_fork_fire": (
-        "Usable forks",
-        "share of LEAF's cuts (GRPO: those it would make) with different rewards in a node",
-    ),
+CURVES = {  # of policy.jsonl: a title, what to look for, and the least and largest value if known
+    "reward": ("Reward", "of the sampled answers; should rise", 0, 1),
+    "validation_bleu": ("Validation BLEU", "greedy, rows not trained on; should rise", None, None),
+    "kl": ("KL to the base", "how far the model has gone; should stay below about 1", 0, None),
+    "grad_norm": ("Gradient norm", "before --grad-clip; trouble where it soars", 0, None),
+    "response_length": ("Response length", "tokens; trouble where it leaps", None, None),
+    "equal_rewards": ("Equal rewards", "share of prompts, which teach nothing", 0, 1),
+    "usable_fork_fire": ("Usable cuts", "share behind which rewards differ in a node", 0, 1),
 }
-POINTS = 100  # of a curve, at most
-TERMS = {"LEAF": "both", "GA only": "global", "LA only": "local"}  # the names of leaf.span_credits
+POINTS = 400  # of a curve, at most
 COLUMNS = 300  # of a waveform
+EXAMPLES = 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,39 +67,46 @@ def configuration(folder: Path, given: dict) -> train.Config:
 
 
 def overview(cfg: train.Config, folder: Path) -> dict:
-    """What was run, the table that train.py prints, and the curves, as far as there are any."""
+    """What was run, its scores and its curves, as far as there are any."""
     settings = read_json(folder / "config.json")
     del settings["base"]  # where it lies, and not the flag
-    base = read_json(folder / "base.json")
     lines = read_lines(folder / "policy.jsonl")
     results = {}
     if (folder / "results.json").exists():
         results = read_json(folder / "results.json")
         settings |= results["config"]
-    steps = len(lines)
-    seconds = results.get("seconds", sum(line["seconds"] for line in lines))
+    seconds = [line["seconds"] for line in lines]
+    later = "not noted before the end"
     facts = {
         "task": cfg.name,
-        "method": cfg.algo.upper(),
-        "steps": f"{steps}" if results else f"{steps} of {cfg.steps}",
+        "method": name_of("credit", settings, train.credit, cfg.algo.upper()),
+        "reward": name_of("reward", settings, data.reward, "data.reward"),
+        "steps": f"{len(lines)}" if results else f"{len(lines)} of {cfg.steps}",
         "each step": f"{cfg.prompts} prompts × {cfg.responses} responses (K), of at most "
         f"{cfg.max_new_tokens} tokens, temperature {cfg.temperature:g}, top-p {cfg.top_p:g}",
         "updates": f"{cfg.prompts // cfg.update_prompts} a step, learning rate up to {cfg.lr:g}",
-        "command": " ".join(["python train.py", *changed_flags(settings)]),
-        "device": results.get("device", "not noted before the end"),
-        "time": f"{seconds / 60:.1f} min" + ("" if results else " in the steps so far"),
-        "peak memory": f"{results['peak_memory_gb']:.1f} GB"
-        if results
-        else "not noted before the end",
+        "time of a step": f"{median(seconds):.2f} s (median)" if seconds else "no step yet",
+        "device": results.get("device", later),
+        "peak memory": f"{results['peak_memory_gb']:.1f} GB" if results else later,
+        "flags": " ".join(changed_flags(settings)) or "as they are by default",
     }
-    columns = {"base": base}
-    if results:
-        columns["trained"] = results["trained"]
-    table = train.score_table(columns)
-    for row in table:
-        row[3:] = [difference.replace("-", "\N{MINUS SIGN}") for difference in row[3:]]
     curves = {name: curve(lines, name) for name in CURVES}
-    return {"facts": facts, "table": table, "curves": curves}
+    if (folder / "samples.jsonl").exists():
+        first = read_lines(folder / "samples.jsonl")[0]  # of the base
+        curves["validation_bleu"]["points"].insert(0, (0, rounded(first["validation_bleu"])))
+    return {
+        "facts": facts,
+        "rows": len(read_lines(folder / "predictions-base.jsonl")),
+        "base": read_json(folder / train.BASE_SCORES),
+        "trained": results.get("trained"),
+        "curves": curves,
+    }
+
+
+def name_of(kind: str, settings: dict, ours, told: str) -> str:
+    """How the run's rule or reward is called: as told where it is ours, else by a fork's name."""
+    trained_by = settings.get(kind, identity(ours))
+    return told if trained_by == identity(ours) else trained_by.partition(" ")[0]
 
 
 def changed_flags(settings: dict) -> list[str]:
@@ -139,7 +141,42 @@ def rounded(value: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Examples: what a model answers to a row, and the tree of what it samples
+# Rows with their answers, as a run keeps them in samples.jsonl: kept, or asked for now
+
+
+def heard(row: dict) -> dict[str, bool]:
+    """Whether the row's greedy answer has each field that only the recording tells."""
+    words = data.spoken_words(row["greedy"])
+    slots = data.named_slots(row)
+    return {name: bool(data.occurrences(slot, words)) for name, slot in slots if name}
+
+
+def telling(lines: list[dict]) -> dict[int, str]:
+    """Which of the kept rows to show, and why; lines: one per validation, of the same rows."""
+    first, last = lines[0]["rows"], lines[-1]["rows"]
+
+    def spread(i):
+        return pstdev(first[i]["rewards"])
+
+    def change(i):
+        before, after = first[i]["greedy"].split(), last[i]["greedy"].split()
+        return 1 - difflib.SequenceMatcher(None, before, after, autojunk=False).ratio()
+
+    def misheard(i):
+        return sum(list(heard(line["rows"][i]).values()).count(False) for line in lines)
+
+    reasons = {
+        "before training its rewards differ most": spread,
+        "its answer changed most": change,
+        "it is heard worst": misheard,
+    }
+    chosen = {}
+    for reason, measure in reasons.items():
+        left = [i for i in range(len(first)) if i not in chosen and measure(i) > 0]
+        if left:
+            chosen[max(left, key=measure)] = reason
+    rest = [i for i in range(len(first)) if i not in chosen]
+    return chosen | dict.fromkeys(rest[: EXAMPLES - len(chosen)], "the next in order")
 
 
 def load(cfg: train.Config, folder: Path):
@@ -153,109 +190,120 @@ def load(cfg: train.Config, folder: Path):
     checkpoints = saved_steps(folder / "checkpoints" / "policy")
     if not checkpoints:
         return model, tokenizer, ""
-    _, tensors = read_checkpoint(checkpoints[-1], lora_parameters(model))
+    tensors = read_checkpoint(checkpoints[-1], lora_parameters(model))
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(tensors[f"value.{name}"])
-    return model, tokenizer, f"step {int(checkpoints[-1].name.removeprefix('step-'))}"
+    return model, tokenizer, f"step {step_of(checkpoints[-1])}"
 
 
-@torch.no_grad()
-def answers(cfg: train.Config, model, tokenizer, split: data.Split, numbers: list[int]):
-    """For each row of split its greedy answer and the tree of K sampled ones, with noise of
-    their own; numbers: the rows' places in the test split."""
-    greedy = train.answer(model, tokenizer, split, cfg)
-    u = data.noise(
-        [cfg.base_seed, train.EXAMPLES], numbers, cfg.responses, cfg.max_new_tokens, model.device
-    )
-    prompts = split.prompts(model, list(range(len(numbers))))
-    rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
-    found = []
-    for p, row in enumerate(split.rows):
-        group = (rollout.tokens[p], rollout.lengths[p], rollout.logq[p], rollout.logp[p])
-        shown = {
-            "greedy": marked(greedy[p], row["reference"]),
-            "greedy_reward": rounded(data.reward(greedy[p], row)),
-        }
-        found.append(shown | sampled(cfg, tokenizer, row, *group))
-    return found
+def answered_now(cfg: train.Config, folder: Path, rows: list[dict]) -> dict[str, list[dict]]:
+    """What samples.jsonl would keep of these rows: of the base, and of what it became."""
+    ours = those_of_the_run(folder, credit=train.credit, reward=data.reward)
+    model, tokenizer, adapter = load(cfg, folder)
+    split = data.Split("chosen", rows, cfg.cache_gb)
+    split.hear(model, tokenizer, frozen=False)  # LoRA may be on what hears
+
+    def answered():
+        greedy = train.answer(model, tokenizer, split, cfg)
+        found = train.sample_with_credit(cfg, model, tokenizer, split, range(len(rows)), **ours)
+        for row, one, kept in zip(rows, greedy, found):
+            kept |= {name: row[name] for name in train.ASKED if name in row} | {"greedy": one}
+            if ours["reward"]:
+                kept["greedy_reward"] = data.reward(one, row)
+        return found
+
+    with lora_disabled(model):
+        states = {"base": answered()}
+    if adapter:
+        states[adapter] = answered()
+    return states
 
 
-def sampled(cfg: train.Config, tokenizer, row: dict, tokens, lengths, logq, logp) -> dict:
-    """K responses to a row as the tree they form; tokens, logq, logp (K, T), lengths (K,).
+# --------------------------------------------------------------------------------------------------
+# What the page draws of such a row
 
-    A block is a stretch of tokens with its members, the responses that pass through it: from one
-    node to the next, with V as its value; or the tail of a response, with the reward, in which
-    responses that are the same to their ends are together. `credit` has for each rule the mean
-    over the members before and after normalising, and the least and the largest after it.
+
+def drawn(cfg: train.Config, row: dict, label: str) -> dict:
+    """A line for each of the K responses, those that are the same in one, and those that share a
+    node together; and a block for each span of LEAF's tree, over the lines of those who share it,
+    with its credit before ("raw") and after ("final") the z-score.
+
+    A line has GRPO's number, and where the run kept credit that is neither LEAF's nor GRPO's, as
+    "own" that of each token.
     """
-    texts = train.decode(tokenizer, tokens, lengths)
-    rewards = data.reward_all(texts, [row] * len(texts))
-    boundaries = leaf.select_boundaries(-logq, lengths, cfg.fork_budget)
-    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    credits = every_credit(cfg, tokens, lengths, -logq, rewards, boundaries)
-    responses = [t[:n].tolist() for t, n in zip(tokens, lengths)]
+    lengths = [len(tokens) for tokens in row["tokens"]]
+    rewards = row.get("rewards") or [0.0] * len(lengths)
+    boundaries = leaf.select_boundaries(padded(row["surprisal"]), lengths, cfg.fork_budget)
+    nodes = leaf.build_tree(row["tokens"], lengths, rewards, boundaries)
+    spans = leaf.span_credits(lengths, rewards, nodes, cfg.terms, cfg.multiplicity)
+    if max(rewards) == min(rewards):  # then exactly zero, and no rounding of it
+        spans = [span._replace(credit=0.0) for span in spans]
+    scored = leaf.z_score(spans)
+    credit = {(a.response, a.start): (a.credit, z.credit) for a, z in zip(spans, scored)}
+    raw = [span.credit for span in spans]
+    root = fmean(rewards)
+    grpo = leaf.grpo_advantages(padded(row["tokens"]), lengths, rewards, cfg.std_floor)  # (K, T)
+    own = row.get("credit")
+    by_leaf = leaf.token_credits(scored, grpo)
+    if own and any(torch.allclose(padded(own), rule, 0.01, 0.001) for rule in (by_leaf, grpo)):
+        own = None  # but for rounding
 
-    def block(members, start, end, value, is_leaf):
-        i = members[0]
-        pieces = tokenizer.pieces(responses[i][start:end])
-        surprise = zip(logq[i, start:end].tolist(), logp[i, start:end].tolist())
-        parts = [[piece, rounded(q), rounded(p)] for piece, (q, p) in zip(pieces, surprise)]
-        shares = {}
-        for rule, (before, after) in credits.items():
-            if start < end:
-                shares[rule] = {
-                    "before": rounded(before[members, start].mean()),
-                    "after": rounded(after[members, start].mean()),
-                    "least": rounded(after[members, start].min()),
-                    "most": rounded(after[members, start].max()),
-                }
-        return {
-            "members": [i + 1 for i in members],
-            "start": start,
-            "value": rounded(value),
-            "leaf": is_leaf,
-            "tokens": parts,
-            "credit": shares,
-            "children": [],
+    def place(i):  # who shares a node stands together, and what earns more stands above
+        path = [(-node.value, node.members) for node in leaf.path_of(i, nodes)]
+        return [*path, (-rewards[i], row["tokens"][i])]
+
+    lines = []
+    blocks = {}
+    previous = None
+    for i in sorted(range(len(rewards)), key=place):
+        if previous == (row["tokens"][i], own and own[i]):
+            lines[-1]["members"].append(i + 1)
+            continue
+        previous = (row["tokens"][i], own and own[i])
+        line = {
+            "members": [i + 1],
+            "reward": rounded(rewards[i]),
+            "grpo": rounded(grpo[i, 0]),
+            "own": own and own[i],
+            "pieces": row["pieces"][i],
+            "surprisal": [rounded(s) for s in row["surprisal"][i]],
         }
-
-    root = block(list(range(len(texts))), 0, 0, fmean(rewards), False)
-    blocks = {}  # by boundary and members of their nodes
-    for i, response in enumerate(responses):
-        parent, start = root, 0
-        for node in leaf.path_of(i, nodes):
-            end = min(node.boundary, len(response))
-            key = (node.boundary, *node.members)
-            if key not in blocks:
-                blocks[key] = block(node.members, start, end, node.value, False)
-                parent["children"].append(blocks[key])
-            parent, start = blocks[key], end
-        same = [j for j, other in enumerate(responses) if other == response]
-        if same[0] == i:
-            parent["children"].append(block(same, start, len(response), rewards[i], True))
-    for parent in (root, *blocks.values()):
-        parent["children"].sort(key=lambda child: -child["value"])
-    forks = leaf.fork_stats(tokens, lengths, rewards, boundaries)
-    equal = max(rewards) == min(rewards)
-    return {"boundaries": boundaries, "forks": forks, "equal": equal, "tree": root}
-
-
-def every_credit(cfg: train.Config, tokens, lengths, surprisal, rewards, boundaries) -> dict:
-    """For each rule the credit of every token before and after normalising, both (K, T)."""
-    credits = {}
-    group = (tokens, lengths, surprisal, rewards)
-    nodes = leaf.build_tree(tokens, lengths, rewards, boundaries)
-    equal = max(rewards) == min(rewards)  # then exactly zero, and no rounding of it
-    for rule, terms in TERMS.items():
-        how = {"terms": terms, "multiplicity": cfg.multiplicity}
-        spans = [] if equal else leaf.span_credits(lengths, rewards, nodes, **how)
-        after = leaf.leaf_advantages(*group, boundaries=boundaries, **how)
-        credits[rule] = (leaf.token_credits(spans, tokens), after)
-    centred = torch.tensor(rewards) - fmean(rewards)
-    after = leaf.grpo_advantages(rewards, lengths, cfg.std_floor)
-    credits["GRPO"] = (centred[:, None].expand(after.shape), after)
-    return credits
+        lines.append(line)
+        start = 0
+        before = root
+        tail = leaf.Node(lengths[i], [i], rewards[i])
+        for node in [*leaf.path_of(i, nodes), tail]:
+            end = min(node.boundary, lengths[i])
+            if start < end:
+                a, z = credit[i, start]
+                block = {
+                    "line": len(lines) - 1,
+                    "lines": 0,
+                    "start": start,
+                    "end": end,
+                    "n": len(node.members),
+                    "value": rounded(node.value),
+                    "before": rounded(before),
+                    "raw": rounded(a),
+                    "final": rounded(z),
+                }
+                blocks.setdefault((start, *node.members), block)["lines"] += 1
+            start = end
+            before = node.value
+    return {
+        "label": label,
+        "greedy": marked(row["greedy"], row["reference"]),
+        "greedy_reward": rounded(row["greedy_reward"]) if "rewards" in row else None,
+        "heard": heard(row),
+        "boundaries": boundaries,
+        "surprisal": [rounded(s) for s in padded(row["surprisal"]).amax(0)],
+        "lines": lines,
+        "blocks": list(blocks.values()),
+        "root": rounded(root),
+        "std": rounded(stdev(rewards)),
+        "z": [len(raw), rounded(fmean(raw)), rounded(stdev(raw) if len(raw) > 1 else 0)],
+    }
 
 
 def marked(answer: str, reference: str) -> list[tuple[str, str]]:
@@ -285,68 +333,79 @@ def recording(row: dict) -> dict:
     }
 
 
+def padded(rows: list[list[float]]) -> torch.Tensor:
+    """(K, T), zeros past each row's end."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0.0] * (longest - len(row)) for row in rows])
+
+
 # --------------------------------------------------------------------------------------------------
 # The page
 
 
-def report(runs: list[Path], count: int, chosen: list[int], given: dict) -> dict:
-    """All that the page shows: the first `count` rows of the test split, or the chosen ones."""
+def report(runs: list[Path], asked: list[int], given: dict) -> dict:
+    """All that the page shows; asked: numbers of test rows, to be shown instead of kept ones."""
     names = [folder.resolve().name for folder in runs]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in runs]
     described = []
-    examples = {}  # by the run's corpus and the row's number
+    examples = {}  # by the split, its fingerprint and the row's number
+    chosen = {}  # by the fingerprint: runs on the same rows show the same ones
     for name, folder in zip(names, runs):
         cfg = configuration(folder, given)
-        run = overview(cfg, folder)
-        rows = test_rows(cfg, folder)
-        numbers = chosen or list(range(min(count, len(rows))))
-        if max(numbers) >= len(rows):
-            raise DataError(f"{folder} has {len(rows)} test rows, which count from 0")
-        model, tokenizer, adapter = load(cfg, folder)
-        split = data.Split("chosen", [rows[i] for i in numbers], cfg.cache_gb)
-        split.hear(model, tokenizer, frozen=False)  # LoRA may be on what hears
-        with lora_disabled(model):
-            states = {"base": answers(cfg, model, tokenizer, split, numbers)}
-        if adapter:
-            states[adapter] = answers(cfg, model, tokenizer, split, numbers)
-
-        own = sum(p.numel() for p in lora_parameters(model).values())
-        size = sum(p.numel() for p in model.parameters()) - own
-        run["facts"]["model"] = f"{size:,} parameters, frozen, and {own:,} of LoRA, trained"
-        described.append({"name": name, "rows": len(rows), **run})
-        corpus = fingerprint(rows, cfg.data)
-        for p, i in enumerate(numbers):
-            if (corpus, i) not in examples:
-                examples[corpus, i] = {
-                    "title": f"{cfg.name}, test row {i}",
+        described.append({"name": name, **overview(cfg, folder)})
+        if (folder / "samples.jsonl").exists() and not asked:
+            split = "validation"
+            lines = read_lines(folder / "samples.jsonl")
+            rows = rows_of(cfg, folder, split, lines[0]["rows"])
+            numbers = chosen.setdefault(fingerprint(rows, cfg.data), telling(lines))
+            states = {name: [(f"step {line['step']}", line["rows"]) for line in lines]}
+        else:
+            split = "test"
+            rows = rows_of(cfg, folder, split, read_lines(folder / "predictions-base.jsonl"))
+            numbers = dict.fromkeys(asked or range(min(EXAMPLES, len(rows))), "")
+            if max(numbers) >= len(rows):
+                raise DataError(f"{folder} has {len(rows)} test rows, which count from 0")
+            found = answered_now(cfg, folder, [rows[i] for i in numbers])
+            states = {x: [(x, dict(zip(numbers, kept)))] for x, kept in found.items()}
+        for i, why in numbers.items():
+            key = (split, fingerprint(rows, cfg.data), i)
+            if key not in examples:
+                examples[key] = {
+                    "title": f"{cfg.name}, {split} row {i}",
+                    "why": why,
                     "question": rows[i]["prompt"].replace(data.AUDIO, ""),
                     "reference": rows[i]["reference"],
                     "transcript": rows[i].get("transcript", ""),
                     "recording": recording(rows[i]),
                     "models": [],
                 }
-            models = examples[corpus, i]["models"]
-            for state, answered in states.items():
-                if state == "base" and answered[p] in [model["shown"] for model in models]:
+            models = examples[key]["models"]
+            for model, found in states.items():
+                shown = [drawn(cfg, of_rows[i], label) for label, of_rows in found]
+                if model == "base" and shown in [other["states"] for other in models]:
                     continue  # runs that begin with one base share what it answers
-                label = state if len(runs) == 1 or not models else f"{name}, {state}"
-                models.append({"name": label, "shown": answered[p]})
-    rule = "the rows asked for" if chosen else f"the first {count} rows of the test split, in order"
-    return {
-        "runs": described,
-        "curves": {name: list(told) for name, told in CURVES.items()},
-        "examples": list(examples.values()),
-        "chosen": rule,
-    }
+                several = models and split == "test" and len(runs) > 1
+                about = {
+                    "name": f"{name}, {model}" if several else model,
+                    "rule": described[-1]["facts"]["method"],
+                    "terms": cfg.terms,
+                    "multiplicity": cfg.multiplicity,
+                    "floor": cfg.std_floor,
+                    "states": shown,
+                }
+                models.append(about)
+    return {"runs": described, "curves": CURVES, "examples": list(examples.values())}
 
 
-def test_rows(cfg: train.Config, folder: Path) -> list[dict]:
-    """The run's test split; an unfinished run does not tell where its own corpus lies."""
-    rows = train.load_rows(cfg, ("test",))["test"]
-    asked = read_lines(folder / "predictions-base.jsonl")
-    fields = ("prompt", "reference")
-    if [[row[f] for f in fields] for row in rows] != [[row[f] for f in fields] for row in asked]:
+def rows_of(cfg: train.Config, folder: Path, split: str, asked: list[dict]) -> list[dict]:
+    """A split of the run's corpus, which begins with the rows that were asked about; an unfinished
+    run does not tell where its own corpus lies."""
+    rows = train.load_rows(cfg, (split,))[split]
+    same = [
+        all(row[f] == other[f] for f in ("prompt", "reference")) for row, other in zip(rows, asked)
+    ]
+    if not all(same) or len(same) < len(asked):
         raise DataError(f"{folder} was tested on other rows: name its corpus with --data")
     return rows
 
@@ -374,18 +433,15 @@ def main(argv=None):
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--out", type=Path, help="default: report.html in the first run's folder")
-    parser.add_argument("--examples", type=int, default=3, help="so many rows (default: 3)")
-    parser.add_argument("--rows", type=row_numbers, help="these rows instead: 0,7,12")
+    parser.add_argument("--rows", type=row_numbers, help="test rows to be answered: 0,7,12")
     parser.add_argument("--data", help="the corpus, where the run does not tell or it has moved")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
-    if args.examples < 1:
-        parser.error("--examples must be at least 1")
     given = {"device": args.device}
     if args.data:
         given["data"] = args.data
     out = args.out or args.runs[0] / "report.html"
-    content = page(report(args.runs, args.examples, args.rows or [], given))
+    content = page(report(args.runs, args.rows or [], given))
     with writing(out):
         out.write_text(content, encoding="utf-8")
     print(out)
