@@ -20,7 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
-from model import DecodingCache, MaskedBatchNorm, PromptCache, Prompts, SpeechLM, draw_token
+from model import (
+    DecodingCache,
+    LanguageModel,
+    MaskedBatchNorm,
+    PromptCache,
+    Prompts,
+    SpeechLM,
+    TextConfig,
+    draw_token,
+)
 from released import load_model
 from released.config import from_dict
 from tests.helpers import (
@@ -88,6 +97,39 @@ def test_same_as_transformers(seed, tmp_path):
         assert greedy[i] == want[0, ids.shape[1] :].tolist()
         assert len(sounds[i]) == ours.projector.count(len(mel))
     assert len(set(sum(greedy, []))) > 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_loads_as_it_is(tied):
+    """The README says so: weights and sizes by the names that transformers gives them, multipliers
+    of 1 and attention scaled as usual."""
+    hf = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": V,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "rms_norm_eps": 1e-3,
+    }
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    config = hf.LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=tied)
+    theirs = shake(hf.LlamaForCausalLM(config), 0.3)
+    c = TextConfig(**sizes, rope_theta=500.0, attention_multiplier=10**-0.5)
+    ours = LanguageModel(c, tied).eval()
+    weights = theirs.state_dict()
+    if tied:
+        del weights["lm_head.weight"]  # the same tensor as that of embed_tokens
+    ours.load_state_dict(weights)
+    ids = (V * rand(2, 17)).long()
+    positions = torch.arange(17).expand(2, 17)
+    sees = torch.ones(2, 17, 17, dtype=torch.bool).tril()
+    hidden = ours.model(ours.model.embed_tokens(ids), positions, sees)
+    near(ours.logits(hidden), theirs(input_ids=ids).logits)
 
 
 @torch.no_grad()
