@@ -22,7 +22,7 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from upkeep.errors import UserError, reading
+from upkeep.errors import UserError, errors_of_reading
 from upkeep.forks import checked_reward
 from upkeep.processes import rank
 
@@ -310,7 +310,9 @@ class Tokenizer:
     """A SentencePiece model trained on the training text, for the compact model."""
 
     def __init__(self, model_file):
-        with reading(model_file, f"a SentencePiece model with </s>, {AUDIO} and {ANSWER}"):
+        with errors_of_reading(
+            model_file, f"a SentencePiece model with </s>, {AUDIO} and {ANSWER}"
+        ):
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
             self.vocab_size = self.sp.vocab_size()
             ids = [self.sp.piece_to_id(piece) for piece in ("</s>", AUDIO, ANSWER)]

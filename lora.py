@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from upkeep.errors import DataError, reading
+from upkeep.errors import DataError, errors_of_reading
 from upkeep.files import read_json
 from upkeep.tensors import read_tensors, transformers_name
 
@@ -230,7 +230,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict, list[str], dict[
     settings = read_settings(file)
     names = []
     shapes = {}
-    with reading(file, "the settings of a LoRA for this model"):
+    with errors_of_reading(file, "the settings of a LoRA for this model"):
         r, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
         # A layer that nobody uses: bad values fail here, with the file's name.
         layer = LoRALinear(nn.Linear(1, 1, device="meta"), r, alpha, settings["lora_dropout"])

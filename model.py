@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from lora import lora_for_sampling
-from upkeep.errors import reading
+from upkeep.errors import errors_of_reading
 from upkeep.files import read_json
 from upkeep.tensors import read_tensors
 
@@ -818,7 +818,7 @@ class SpeechLM(nn.Module):
         folder = Path(folder)
         file = folder / "config.json"
         values = read_json(file)
-        with reading(file, "the config.json of a model that was saved here"):
+        with errors_of_reading(file, "the config.json of a model that was saved here"):
             values["encoder_config"] = EncoderConfig(**values["encoder_config"])
             values["projector_config"] = ProjectorConfig(**values["projector_config"])
             values["text_config"] = TextConfig(**values["text_config"])

@@ -43,7 +43,7 @@ from lora import (
 )
 from model import SpeechLM, to_device
 from upkeep.checkpoints import Rescue, load_checkpoint, save_checkpoint
-from upkeep.errors import UserError, command, reading, writing
+from upkeep.errors import UserError, command, errors_of_reading, errors_of_writing
 from upkeep.files import check_same, is_there, lock, read_json, read_lines, write_json, write_lines
 from upkeep.flags import check_numbers, flag, make_parser
 from upkeep.forks import checked_credit, identity, those_of_the_run
@@ -292,7 +292,7 @@ def train_policy(
                 log.say(VALIDATION.format(step=done, **metrics))
                 if metrics["validation_reward"] > best:  # the first of equals
                     best = metrics["validation_reward"]
-                    with writing(folder / BEST):
+                    with errors_of_writing(folder / BEST):
                         save_adapter(model, folder / BEST, targets, base=str(cfg.base_folder))
             if metrics["equal_rewards"] >= 0.9 and not warned:
                 warned = True
@@ -550,7 +550,7 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype, reward):
     model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     split = data.Split("test", rows, cfg.cache_gb)
     split.hear(model, tokenizer)
-    with writing(folder):
+    with errors_of_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     name = f"{cfg.name}-best" if Path(cfg.resume_adapter).name == BEST else cfg.name
     figures = folder / f"evaluation-{name}.json"
@@ -570,7 +570,7 @@ def finished(folder: Path, given: dict, adapter="adapter") -> Config:
     BEST), wherever it began; what is given on the command line replaces the rest."""
     if not is_there(folder / "results.json"):
         raise UserError(f"{folder} holds no finished run: name one, or train it first")
-    with reading(folder, "a finished run"):
+    with errors_of_reading(folder, "a finished run"):
         saved = read_json(folder / "config.json")  # has the base, and no other path
         kept = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
         kept["data"] = read_json(folder / "results.json")["config"]["data"]
@@ -698,7 +698,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
     train_policy(cfg, model, tokenizer, training, validation, folder, targets, credit, reward)
     if rank() > 0:
         return
-    with writing(folder / "adapter"):
+    with errors_of_writing(folder / "adapter"):
         save_adapter(model, folder / "adapter", targets, base=str(base_folder))
     best = best_validation(folder / "policy.jsonl")
 
@@ -722,7 +722,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
     recording = example["audio"]
     if not isinstance(recording, str):  # synthesised: leave one recording behind to ask about
         recording = folder / "example.wav"
-        with writing(recording):
+        with errors_of_writing(recording):
             soundfile.write(recording, example["audio"].samples().numpy(), data.SAMPLE_RATE)
     question = quote(example["prompt"].removeprefix(data.AUDIO))
     out = quote(str(folder))

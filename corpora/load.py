@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from corpora import NO_SUCH_FILE, mp3
 from data import AUDIO, SAMPLE_RATE, WINDOW, spoken_words
-from upkeep.errors import DataError, UserError, is_lfs_pointer, reading, writing
+from upkeep.errors import DataError, UserError, errors_of_reading, errors_of_writing, is_lfs_pointer
 from upkeep.files import is_there
 
 # --------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ class Recording(str):
         The check of a corpus and training both read recordings with it, so what passes the one
         loads in the other.
         """
-        with reading(self, "audio"):
+        with errors_of_reading(self, "audio"):
             audio, rate = decode(self, max_seconds)
             if len(audio) * SAMPLE_RATE < WINDOW * rate:
                 shortest = 1000 * WINDOW // SAMPLE_RATE
@@ -187,7 +187,7 @@ def load_corpus(
         file = folder / f"{split}.jsonl"
         rows = {}  # by line
         reasons = {}
-        with reading(file, "a manifest"):
+        with errors_of_reading(file, "a manifest"):
             for number, line in enumerate(manifest_lines(file), start=1):
                 if not line.strip():
                     continue
@@ -298,7 +298,7 @@ def check_recordings(
     refused = {}
     title = f"checking {file.name}"
     with (
-        reading(f"{file}: a recording", "audio"),  # a worker may be killed
+        errors_of_reading(f"{file}: a recording", "audio"),  # a worker may be killed
         tqdm(total=len(unknown), desc=title, leave=False, disable=None) as bar,
     ):
         for heard in loader:
@@ -310,7 +310,7 @@ def check_recordings(
                     refused[path] = str(error)
                 else:
                     raise error
-            with writing(checked):
+            with errors_of_writing(checked):
                 checked.parent.mkdir(parents=True, exist_ok=True)
                 with open(checked, "a", encoding="utf-8") as memory:
                     memory.write("".join(lines))
@@ -342,7 +342,7 @@ def key_of(path: str) -> tuple:
 def remembered(checked: Path) -> dict[tuple, float]:
     """{key: seconds} of the good recordings in a file that check_recordings wrote."""
     good = {}
-    with reading(checked, "text"), contextlib.suppress(FileNotFoundError):
+    with errors_of_reading(checked, "text"), contextlib.suppress(FileNotFoundError):
         for line in checked.read_bytes().splitlines():
             with contextlib.suppress(ValueError, TypeError):  # empty, or cut short
                 *key, seconds = json.loads(line)
@@ -366,7 +366,7 @@ def fingerprint(rows: list[dict], folder) -> str:
 
 def ends(file: str, size: int = 2**13) -> tuple[int, str]:
     """A file's length in bytes, and a digest of its first and last `size`."""
-    with reading(file, "a file"), open(file, "rb") as content:
+    with errors_of_reading(file, "a file"), open(file, "rb") as content:
         digest = hashlib.sha256(content.read(size))
         length = content.seek(0, os.SEEK_END)
         content.seek(max(size, length - size))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import data
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig, pad_ragged
 from upkeep.checkpoints import Rescue, load_checkpoint, save_checkpoint
-from upkeep.errors import writing
+from upkeep.errors import errors_of_writing
 from upkeep.files import check_same, is_there, lock, sync, write_file
 from upkeep.log import Log, StopSignals, keep_lines
 from upkeep.optim import Updater, learning_rate
@@ -55,7 +55,7 @@ def train_base(cfg, training: data.Split, work: Path, device):
         print("no row has a transcript: CTC is skipped, and the encoder learns with the rest")
     train_sft(cfg, model, tokenizer, training, work, freeze_encoder=has_transcripts)
     whole = work / "checkpoints" / "whole"
-    with writing(whole):
+    with errors_of_writing(whole):
         model.save(whole)
         sync(whole / "model.safetensors")
         for name in ("config.json", "model.safetensors"):

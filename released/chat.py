@@ -9,7 +9,7 @@ import jinja2.sandbox
 import tokenizers
 
 from data import AUDIO
-from upkeep.errors import DataError, reading
+from upkeep.errors import DataError, errors_of_reading
 from upkeep.files import is_there, read_json
 
 # Templates may tell the date. Here it is one for ever, so that a run means the same tomorrow: that
@@ -31,7 +31,7 @@ class ChatTokenizer:
                 values = read_json(folder / name)
                 settings |= {key: value for key, value in values.items() if value is not None}
         self.file = folder / "tokenizer.json"
-        with reading(self.file, "a tokenizer of the library tokenizers"):
+        with errors_of_reading(self.file, "a tokenizer of the library tokenizers"):
             text = self.file.read_text(encoding="utf-8-sig")
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
             self.tokenizer.no_truncation()  # the file may hold both, from somebody's training
@@ -55,12 +55,12 @@ class ChatTokenizer:
         if system_prompt:
             self.system = [{"role": "system", "content": system_prompt}]
         source = chat_template(folder, settings)
-        with reading(f"{folder}: the chat template", "jinja2"):
+        with errors_of_reading(f"{folder}: the chat template", "jinja2"):
             self.template = compile_template(source)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         messages = [*self.system, {"role": "user", "content": prompt}]
-        with reading(f"{self.folder}: the chat template", "one for this conversation"):
+        with errors_of_reading(f"{self.folder}: the chat template", "one for this conversation"):
             text = self.template.render(
                 messages=messages, add_generation_prompt=True, **self.special
             )
@@ -68,7 +68,7 @@ class ChatTokenizer:
             raise DataError(
                 "the checkpoint's chat template has no place for a system prompt: go on without it"
             )
-        with reading(self.file, "a tokenizer of this chat template's text"):
+        with errors_of_reading(self.file, "a tokenizer of this chat template's text"):
             ids = self.tokenizer.encode(text).ids
         if ids.count(self.audio_id) != 1:
             raise DataError(
@@ -89,10 +89,10 @@ def chat_template(folder: Path, settings: dict) -> str:
     if is_there(folder / "chat_template.json"):
         source = read_json(folder / "chat_template.json").get("chat_template")
     if is_there(folder / "chat_template.jinja"):
-        with reading(folder / "chat_template.jinja", "text"):
+        with errors_of_reading(folder / "chat_template.jinja", "text"):
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8-sig")
     if isinstance(source, list):
-        with reading(f"{folder}: the list of chat templates", "names and templates"):
+        with errors_of_reading(f"{folder}: the list of chat templates", "names and templates"):
             source = {entry["name"]: entry["template"] for entry in source}
     if isinstance(source, dict):
         source = source.get("default")

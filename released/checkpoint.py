@@ -8,7 +8,7 @@ import torch.nn as nn
 from lora import load_adapter, lora_layers
 from model import SpeechLM
 from released.config import without_weights
-from upkeep.errors import DataError, reading
+from upkeep.errors import DataError, errors_of_reading
 from upkeep.files import is_there, read_json
 from upkeep.tensors import read_tensors
 
@@ -46,7 +46,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not is_there(index):
         return [folder / "model.safetensors"]
-    with reading(index, "an index of safetensors files"):
+    with errors_of_reading(index, "an index of safetensors files"):
         names = sorted(set(read_json(index)["weight_map"].values()))
         if not names:
             raise ValueError("it names none")

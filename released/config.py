@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from model import EncoderConfig, ProjectorConfig, SpeechConfig, SpeechLM, TextConfig
-from upkeep.errors import reading
+from upkeep.errors import errors_of_reading
 from upkeep.files import read_json
 
 # Other fields that shape a model, and what they may say: nothing else is implemented.
@@ -39,7 +39,7 @@ IMPLEMENTED = {
 def without_weights(file: Path) -> SpeechLM:
     """The model of a config.json on the meta device, for load_state_dict(..., assign=True)."""
     config = read_json(file)
-    with reading(file, "the config.json of a model that this code knows"):
+    with errors_of_reading(file, "the config.json of a model that this code knows"):
         with torch.device("meta"):
             return SpeechLM(from_dict(config))
 

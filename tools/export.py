@@ -20,7 +20,7 @@ import train
 from lora import read_adapter
 from released.checkpoint import INDEX, weight_files
 from released.config import without_weights
-from upkeep.errors import DataError, UserError, command, reading, writing
+from upkeep.errors import DataError, UserError, command, errors_of_reading, errors_of_writing
 from upkeep.files import is_there, read_json, sync
 from upkeep.tensors import is_finite, our_name
 
@@ -53,7 +53,7 @@ def export(run: Path, out: Path, max_shard_size: int = 5 * 10**9):
             raise DataError(f"{checkpoint}: its files hold no {name}, which LoRA is for")
 
     work = out.with_name(out.name + "-exporting")  # renamed when it is complete
-    with writing(out):
+    with errors_of_writing(out):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         names = ["model.safetensors"]
@@ -99,7 +99,7 @@ def plan_shards(files: list[Path], max_size: int) -> list[dict[str, tuple]]:
     shards = [{}]
     end = 0
     for file in files:
-        with reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
+        with errors_of_reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():
                 n_bytes = tensors.get_tensor(key).nbytes  # mapped: nothing is read
                 if end + n_bytes > max_size and shards[-1]:
@@ -131,7 +131,7 @@ def write_shard(path: Path, shard: dict[str, tuple], updates: dict[str, list[tup
 def merged(file: Path, key: str, updates: dict[str, list[tuple]]) -> torch.Tensor:
     """A tensor of a file with its updates, rounded to the dtype that it is stored in."""
     # The file is opened for each tensor, so that none stays mapped when it is done.
-    with reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
+    with errors_of_reading(file, "safetensors"), safe_open(file, framework="pt") as tensors:
         stored = tensors.get_tensor(key)
         if our_name(key) not in updates:
             return stored

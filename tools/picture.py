@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from tools.report import configuration, drawn
-from upkeep.errors import UserError, command, writing
+from upkeep.errors import UserError, command, errors_of_writing
 from upkeep.files import read_lines
 
 SIZE = 27  # of the letters: 12 px where a phone shows the picture 358 px wide
@@ -107,7 +107,7 @@ def main(argv=None):
     tree = drawn(cfg, kept[args.step][args.row], "")
     for name, colours in THEMES.items():
         out = args.out / f"picture-{name}.svg"
-        with writing(out):
+        with errors_of_writing(out):
             out.write_text(picture(tree, colours), encoding="utf-8")
         print(out)
 

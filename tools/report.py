@@ -30,7 +30,7 @@ import train
 from corpora.load import fingerprint
 from lora import lora_disabled, lora_parameters
 from upkeep.checkpoints import read_checkpoint, saved_steps, step_of
-from upkeep.errors import DataError, UserError, command, reading, writing
+from upkeep.errors import DataError, UserError, command, errors_of_reading, errors_of_writing
 from upkeep.files import is_there, read_json, read_lines
 from upkeep.forks import identity, those_of_the_run
 from upkeep.machine import choose_device
@@ -59,7 +59,7 @@ def configuration(folder: Path, given: dict) -> train.Config:
         raise UserError(f"{folder} holds no run that trains yet: policy.jsonl is missing")
     if (folder / "results.json").exists():
         return train.finished(folder, given)
-    with reading(folder, "a run"):
+    with errors_of_reading(folder, "a run"):
         saved = read_json(folder / "config.json")
         kept = {f.name: saved[f.name] for f in fields(train.Config) if f.name in saved}
         kept["base"] = os.path.normpath(folder / saved["base"])
@@ -442,7 +442,7 @@ def main(argv=None):
         given["data"] = args.data
     out = args.out or args.runs[0] / "report.html"
     content = page(report(args.runs, args.rows or [], given))
-    with writing(out):
+    with errors_of_writing(out):
         out.write_text(content, encoding="utf-8")
     print(out)
 

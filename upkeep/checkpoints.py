@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from upkeep.errors import UserError, reading, writing
+from upkeep.errors import UserError, errors_of_reading, errors_of_writing
 from upkeep.files import sync
 from upkeep.processes import rank, world
 from upkeep.tensors import is_finite
@@ -29,7 +29,7 @@ def save_checkpoint(folder: Path, step: int, named, optimizer):
         if not is_finite(tensor):
             reason = f"{key} has values that are not finite"
             raise UserError(f"step {step} is not saved in {folder}: {reason}")
-    with writing(temporary):
+    with errors_of_writing(temporary):
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "tensors.safetensors")
         sync(temporary / "tensors.safetensors")
@@ -42,7 +42,7 @@ def save_checkpoint(folder: Path, step: int, named, optimizer):
 def saved_steps(folder: Path) -> list[Path]:
     """The checkpoints below a folder, the newest last; what has another name is not ours."""
     found = []
-    with reading(folder, "a folder"), contextlib.suppress(FileNotFoundError):
+    with errors_of_reading(folder, "a folder"), contextlib.suppress(FileNotFoundError):
         found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(found, key=step_of)
 
@@ -54,7 +54,7 @@ def step_of(checkpoint: Path) -> int:
 def load_checkpoint(folder: Path, named, optimizer) -> int:
     """Restore the newest checkpoint; returns its step, 0 where there is none. One that cannot be
     read stops the run: nobody but the user gives up what was saved."""
-    with reading(folder, "a folder"):
+    with errors_of_reading(folder, "a folder"):
         for leftover in folder.glob("saving-*"):  # a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)  # another process may be faster
     saved = saved_steps(folder)
@@ -73,7 +73,9 @@ def load_checkpoint(folder: Path, named, optimizer) -> int:
 
 def read_checkpoint(path: Path, named) -> dict[str, torch.Tensor]:
     """The tensors, which are those of `named` and no others."""
-    with reading(path, "a checkpoint of this run", f"to go on from the one before, remove {path}"):
+    with errors_of_reading(
+        path, "a checkpoint of this run", f"to go on from the one before, remove {path}"
+    ):
         tensors = load_file(path / "tensors.safetensors")
         unfit = {f"value.{name}" for name in named} - tensors.keys()
         for key, tensor in tensors.items():

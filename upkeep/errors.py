@@ -29,7 +29,7 @@ OF_THE_MACHINE = re.compile(
 
 
 @contextlib.contextmanager
-def reading(file, expected: str, mend: str = "restore it, or get another"):
+def errors_of_reading(file, expected: str, mend: str = "restore it, or get another"):
     """Around what reads a file that somebody else made: whatever that raises becomes one line with
     the file's name. It is a DataError only where the content is not what was expected; that a file
     cannot be read now says nothing of the file."""
@@ -55,7 +55,7 @@ def is_lfs_pointer(file) -> bool:
 
 
 @contextlib.contextmanager
-def writing(path: Path):
+def errors_of_writing(path: Path):
     """One line with the path from whatever goes wrong while it is written: no room, for one."""
     try:
         yield

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import filelock
 
-from upkeep.errors import UserError, reading, writing
+from upkeep.errors import UserError, errors_of_reading, errors_of_writing
 
 
 def is_there(path: Path) -> bool:
     """Whether there is such a file or folder; UserError where that cannot be told now."""
     nothing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
-    with reading(path, "a file or folder"), nothing:
+    with errors_of_reading(path, "a file or folder"), nothing:
         os.stat(path)
         return True
     return False
@@ -22,17 +22,17 @@ def is_there(path: Path) -> bool:
 
 def read_json(file) -> dict:
     """The JSON object in a file; DataError where it holds none."""
-    with reading(file, "a JSON object"):
+    with errors_of_reading(file, "a JSON object"):
         return json_object(Path(file).read_text(encoding="utf-8-sig"))  # a byte order mark may lead
 
 
 def read_lines(path: Path) -> list[dict]:
     """The objects in a file that has one a line."""
-    with reading(path, "text"):
+    with errors_of_reading(path, "text"):
         lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
-        with reading(f"{path}, line {number},", "a JSON object"):
+        with errors_of_reading(f"{path}, line {number},", "a JSON object"):
             rows.append(json_object(line))
     return rows
 
@@ -57,7 +57,7 @@ def write_lines(path: Path, rows: list[dict]):
 def write_file(path: Path, content: bytes):
     """Written and synced beside its place, then renamed into it."""
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with errors_of_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         sync(temporary)
@@ -81,7 +81,7 @@ def sync(path: Path):
 
 def lock(folder: Path, wait: bool):
     """Hold a folder for this process, as a context; wait for another process, or refuse."""
-    with writing(folder):
+    with errors_of_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(folder / "lock").acquire(timeout=-1 if wait else 0)
@@ -105,7 +105,7 @@ def check_same(folder: Path, settings: dict, file: str, defaults: dict, ours=OUR
     `file` does not know has its default. Raises UserError with the difference."""
     path = folder / file
     choose = "choose another folder with " + ("--base" if file == "base.json" else "--out")
-    with reading(folder, "a folder"):
+    with errors_of_reading(folder, "a folder"):
         found = ours & {entry.name for entry in folder.iterdir()}
     if found and file not in found:
         raise UserError(f"{folder} holds {min(found)} but no {file}: restore that, or {choose}")

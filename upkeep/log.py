@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from upkeep.errors import reading, writing
+from upkeep.errors import errors_of_reading, errors_of_writing
 from upkeep.files import is_there, read_lines, write_file
 from upkeep.processes import rank
 
@@ -58,7 +58,7 @@ class Log:
         self.stage, self.start, self.steps, self.stop = path.stem, start, steps, stop
 
     def __enter__(self):
-        with writing(self.path):
+        with errors_of_writing(self.path):
             self.file = open(self.path, "a", encoding="utf-8")
         disable = None if rank() == 0 else True  # None: where there is no terminal
         self.bar = tqdm(
@@ -69,12 +69,12 @@ class Log:
 
     def __exit__(self, *error):
         self.bar.close()
-        with writing(self.path):
+        with errors_of_writing(self.path):
             self.file.close()
 
     def write(self, done: int, metrics: dict[str, float]):
         """The line of the step after which `done` are done."""
-        with writing(self.path):
+        with errors_of_writing(self.path):
             self.file.write(json.dumps({"step": done, **metrics}) + "\n")
             self.file.flush()
         shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
@@ -104,7 +104,7 @@ class Log:
 
     def sync(self):
         """Wait until all lines are on the disk."""
-        with writing(self.path):
+        with errors_of_writing(self.path):
             os.fsync(self.file.fileno())
 
 
@@ -114,14 +114,14 @@ SHOWN = ("loss", "reward", "kl")
 def keep_lines(path: Path, count: int):
     """Cut a file of lines to the first so many: what lies past a checkpoint comes again."""
     if rank() == 0:
-        with reading(path, "lines"):
+        with errors_of_reading(path, "lines"):
             lines = path.read_bytes().splitlines(keepends=True) if is_there(path) else []
         write_file(path, b"".join(lines[:count]))
 
 
 def append_line(path: Path, row: dict):
     """One more line, on the disk when this returns."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with errors_of_writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from upkeep.errors import DataError, reading
+from upkeep.errors import DataError, errors_of_reading
 
 
 def our_name(name: str) -> str:
@@ -42,7 +42,7 @@ def read_tensors(
     found = {}
     problems = []
     for file in files:
-        with reading(file, "safetensors"):
+        with errors_of_reading(file, "safetensors"):
             tensors = safe_open(file, framework="pt", device=str(device))
             for key in tensors.keys():
                 name = our_name(key)

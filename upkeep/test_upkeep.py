@@ -47,7 +47,7 @@ from tests.helpers import (
 )
 from upkeep import checkpoints
 from upkeep.checkpoints import load_checkpoint, save_checkpoint, saved_steps
-from upkeep.errors import DataError, UserError, command, reading
+from upkeep.errors import DataError, UserError, command, errors_of_reading
 from upkeep.files import lock, read_lines
 from upkeep.log import Log, StopSignals
 from upkeep.machine import choose_device, quote
@@ -301,7 +301,7 @@ def test_only_content_is_bad(tmp_path):
     """Whatever a library says of memory, handles and disks."""
 
     def read(error):
-        with pytest.raises(UserError) as told, reading(tmp_path / "it", "a table"):
+        with pytest.raises(UserError) as told, errors_of_reading(tmp_path / "it", "a table"):
             raise error
         assert str(told.value).count("\n") == 0 and str(told.value).startswith(str(tmp_path))
         return type(told.value)
