@@ -313,11 +313,10 @@ def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=
     """The tree as text. pieces: each response as token strings; rewards None: no values shown;
     advantages [K][T]: a line shows A, the mean over its tokens, which by LEAF have one number."""
     lines = [f"root  n={len(pieces)}" + (f"  V={fmean(rewards):.4f}" if rewards else "")]
-    # What is left of a response behind its last node is drawn like a node of one.
     tails = [Node(len(row), [i], rewards[i] if rewards else 0.0) for i, row in enumerate(pieces)]
 
     def branch(members: list[int], candidates: list[Node], start: int, indent: str):
-        """Lines for responses that have shown their first `start` tokens already."""
+        """Lines for responses that have shown `start` tokens; a tail is drawn like a node of one."""
         pending = set(members)
         # Nodes are in order of their boundaries, and groups only split as b grows. So the first
         # whose members are all pending is a child here; what is inside it is left to the recursion.

@@ -32,7 +32,7 @@ from lora import lora_disabled, lora_parameters
 from upkeep.checkpoints import read_checkpoint, saved_steps, step_of
 from upkeep.errors import DataError, UserError, command, errors_of_reading, errors_of_writing
 from upkeep.files import is_there, read_json, read_lines
-from upkeep.forks import identity, those_of_the_run
+from upkeep.forks import those_of_the_run
 from upkeep.machine import choose_device
 
 CURVES = {  # of policy.jsonl: a title, what to look for, and the least and largest value if known
@@ -105,8 +105,8 @@ def overview(cfg: train.Config, folder: Path) -> dict:
 
 def name_of(kind: str, settings: dict, ours, told: str) -> str:
     """How the run's rule or reward is called: as told where it is ours, else by a fork's name."""
-    trained_by = settings.get(kind, identity(ours))
-    return told if trained_by == identity(ours) else trained_by.partition(" ")[0]
+    name = settings.get(kind, ours.__qualname__).partition(" ")[0]
+    return told if name == ours.__qualname__ else name
 
 
 def changed_flags(settings: dict) -> list[str]:
