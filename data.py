@@ -161,8 +161,8 @@ def slot_accuracy(answers: list[str], rows: list[dict], field: str = "") -> floa
 
 
 def references_as_heard(answers: list[str], rows: list[dict]) -> list[str]:
-    """For the ceiling: the references, each word of a slot that the row's answer lacks replaced. What
-    they earn is the most that hearing as these answers do can earn, if all is worded as rewarded."""
+    """For the ceiling: the references, where the words of each slot that the row's answer lacks are
+    overwritten by one that no reference has. They earn what perfect wording earns with this hearing."""
     unheard = "unheard"
     while any(unheard in row["reference"].lower() for row in rows):
         unheard += "x"
@@ -198,8 +198,8 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def swapped_audio(rows: list[dict]) -> list[int]:
-    """For each row another with the same prompt, if there is one: what would be said if the audio
-    were ignored?"""
+    """For each row another with the same prompt, or itself. Its audio is played instead: an answer
+    that stays right did not come from the audio."""
     by_prompt = collections.defaultdict(list)
     for i, row in enumerate(rows):
         by_prompt[row["prompt"]].append(i)
@@ -252,7 +252,7 @@ def evaluation_scores(
         for field in dict.fromkeys(name for row in rows for name, _ in named_slots(row) if name):
             scores[HEARD + field] = 100 * slot_accuracy(greedy, rows, field)
         scores["heard, audio swapped %"] = 100 * slot_accuracy(swapped, rows)
-        # What the swapped audio's own right answers would score: the level of not listening.
+        # Chance: how many of a row's slots the right answer to the swapped audio has.
         others = [references[j] for j in swapped_audio(rows)]
         scores["heard, chance %"] = 100 * slot_accuracy(others, rows)
     for group in sorted({row["group"] for row in rows if "group" in row}):
@@ -385,8 +385,8 @@ class Cache:
     """compute(indices) -> a tensor for each, kept for as many of n items as there is room for.
 
     The first items are computed here, in batches of a fixed size, until `gigabytes` are used up;
-    the others one by one whenever they are asked for. So the batch of an item, on which its rounding
-    depends, is fixed by its index: a resumed run sees the same numbers.
+    the others one by one whenever they are asked for. Rounding differs with the batch; here an
+    item's index alone decides its batch, so a resumed run sees the same numbers.
     """
 
     def __init__(self, compute, n: int, gigabytes: float, title: str, batch: int = 32):
@@ -413,8 +413,8 @@ class Cache:
 
 
 class Split:
-    """Rows, and what the model hears of them. The order of calls: `encode`, if the encoder is frozen
-    before the rest is; `hear`; and then `prompts`.
+    """Rows, and what the model hears of them. Pretraining calls `encode` once its encoder is frozen;
+    RL and evaluation call `hear`, which encodes where that was not done, and then `prompts`.
 
     Each stage maps indices of rows to one tensor per row: mels (frames, 160) -> encoder frames
     (T, C) -> audio embeddings (N, C_text).
@@ -446,7 +446,7 @@ class Split:
 
     def hear(self, model, tokenizer, frozen: bool = True):
         """Pass everything through encoder and projector; what is left for RL is embeddings in,
-        text out. After `encode` it must be the same model, if perhaps in another dtype.
+        text out. After `encode` the encoder must be the same; its dtype may differ.
 
         Not frozen (LoRA is on the encoder or projector): nothing is kept, and the audio is heard
         anew each time, by the model as it is then, with gradients where they are enabled.

@@ -32,14 +32,14 @@ def select_boundaries(surprisal, lengths, fork_budget: int = 2) -> list[int]:
     """The B most surprising positions of the group, at least D apart, in ascending order.
 
     surprisal: (K, T) float, -log q of each token under the *sampling* distribution, in nats;
-    lengths: (K,) int. A boundary at t means: the prefix is tokens 0..t-1, and token t surprises;
-    so 0 is none, whose prefix would be empty.
+    lengths: (K,) int. A boundary at t means: the prefix is tokens 0..t-1, and token t surprises.
+    t = 0 cannot be one: its prefix would be empty.
     """
     surprisal = torch.as_tensor(surprisal).cpu()
     lengths = torch.as_tensor(lengths).cpu()
     longest = int(lengths.max())
     ended = torch.arange(longest) >= lengths[:, None]  # (K, longest)
-    # (longest,): a position is one candidate, by the response that it surprises most.
+    # (longest,): at each position the largest surprisal of the responses that reach it.
     peak = surprisal[:, :longest].masked_fill(ended, -math.inf).amax(0)
     ranked = peak[1:].argsort(descending=True, stable=True) + 1  # ties: the smaller first
     return keep_apart(ranked.tolist(), fork_budget, separation(lengths, fork_budget))
@@ -139,11 +139,9 @@ def span_credits(
         parent_value = root_value
         for node in path_of(i, nodes):
             credit = advantage(node.value, parent_value)
-            if multiplicity:  # n responses repeat this span; by the paper the root makes up for it
+            if multiplicity:  # n responses repeat this span; sqrt(n) makes up for that (paper)
                 credit /= math.sqrt(len(node.members))
-            # Where the response ended before the node's boundary its span may be empty; the node
-            # is the next one's parent all the same.
-            end = min(node.boundary, length)
+            end = min(node.boundary, length)  # spans of a response that has ended are empty
             if start < end:
                 spans.append(Span(i, start, end, credit))
             start = end
@@ -233,9 +231,10 @@ def policy_loss(
 ):
     """Clipped policy gradient plus the k3 estimate of the KL to the reference: (loss, statistics).
 
-    logp, old_logp, ref_logp  (N, T), N responses of any prompts: log-probabilities of their tokens
-                              under the full softmax, now, when sampled, under the reference
-    advantages, mask          (N, T), the mask true on a response's tokens, EOS included
+    All (N, T), for N responses of any prompts, padded:
+    logp, old_logp, ref_logp  log-probabilities (full softmax) of their tokens under the policy now,
+                              the policy that sampled them, and the reference
+    advantages, mask          the mask is true on a response's tokens, EOS included
 
     The loss is a mean over a response's tokens, then over responses: micro-batches weighted by
     their share of responses add up to the whole.
@@ -293,8 +292,8 @@ def fork_stats(tokens, lengths, rewards, boundaries: list[int]) -> list[dict]:
 
 
 def group_stats(rewards: list[list[float]], forks: list[dict]) -> dict[str, float]:
-    """What to watch: of the rewards of K responses a mean over prompts; of fork_stats a mean over
-    the boundaries of all prompts."""
+    """What to watch. reward, reward_std, equal_rewards are means over prompts; fork_fire and
+    usable_fork_fire are shares of the boundaries of all prompts."""
     forks = forks or [{"fires": False, "usable": False}]
     return {
         "reward": fmean(fmean(group) for group in rewards),
@@ -318,8 +317,8 @@ def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=
     def branch(members: list[int], candidates: list[Node], start: int, indent: str):
         """Lines for responses that have shown `start` tokens; a tail is drawn like a node of one."""
         pending = set(members)
-        # Nodes are in order of their boundaries, and groups only split as b grows. So the first
-        # whose members are all pending is a child here; what is inside it is left to the recursion.
+        # Nodes come by rising boundary and groups only split, so a node within `pending` is a child
+        # here. The recursion draws its descendants; by then their members are not pending here.
         for at, node in enumerate(candidates):
             if pending.issuperset(node.members):
                 pending -= set(node.members)

@@ -107,7 +107,7 @@ def apply_lora(
         raise ValueError("the model already has LoRA adapters")
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [name for name in linear if is_target(name, targets)]
-    # Each by itself, in a form that is_target takes: text is a pattern, a list has names.
+    # Each must match something, so each is tried alone: the whole pattern, or a list of one name.
     each_target = [targets] if isinstance(targets, str) else [[target] for target in targets]
     for target in each_target:
         if not any(is_target(name, target) for name in names):
@@ -140,11 +140,11 @@ def lora_disabled(model: nn.Module):
 
 @contextlib.contextmanager
 def lora_for_sampling(model: nn.Module):
-    """Inside, which is for inference, each update is made ready once and not for every token.
+    """For inference: inside, each layer's update is prepared once, and not for every token.
 
-    Where weights are as precise as A and B, in float32, it is added to the weight, in a tensor
-    beside it. In bfloat16 that sum would round most of the update away, and what samples would not
-    be the policy that is scored: there only A and B are rounded, as every forward pass does.
+    Float32 weights: W + scale B A is formed in a new tensor, `merged`. Bfloat16 weights: that sum
+    would round most of the update away, and the policy that samples would differ from the one that
+    is scored; so A and B are only cast, `rounded`, as forward does anyway.
     """
     layers = lora_layers(model).values()
     try:
@@ -205,8 +205,8 @@ def save_adapter(model: nn.Module, folder, targets=DECODER_TARGETS, base: str = 
 
 
 def read_settings(file: Path) -> dict:
-    """A LoRA's adapter_config.json; DataError with the options that are set and not implemented
-    here, without which its tensors would be another model's."""
+    """A LoRA's adapter_config.json. Raises DataError with the options that are set but not
+    implemented here: without these its tensors would compute something else."""
     settings = {"lora_dropout": 0.0}
     settings |= {name: value for name, value in read_json(file).items() if value is not None}
     refused = [

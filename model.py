@@ -59,7 +59,9 @@ class EncoderConfig:
     dropout: float = 0.1
     conv_kernel_size: int = 15
     conv_expansion_factor: int = 2
-    cat_hidden_layers: list = field(default_factory=list)  # also for the projector; 0: the input
+    cat_hidden_layers: list = field(
+        default_factory=list
+    )  # joined to the last layer's; 0: the input
 
 
 @dataclass
@@ -219,8 +221,8 @@ class CTCEncoder(nn.Module):
         self.cat_hidden_layers = c.cat_hidden_layers
 
     def forward(self, mel, lengths):
-        """mel (B, T, 160), lengths (B,) in frames -> frames (B, T, C) and, from half-way, CTC
-        logits (B, T, classes). C: cat_hidden_layers, if there are any, and the last layer."""
+        """mel (B, T, 160), lengths (B,) in frames -> frames (B, T, C), of cat_hidden_layers and the
+        last layer side by side, and the middle layer's CTC logits (B, T, classes)."""
         mask = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
         x = self.input_linear(mel)
         kept = [x] if 0 in self.cat_hidden_layers else []
@@ -332,9 +334,9 @@ class Projector(nn.Module):
 
 
 class PromptCache:
-    """Keys and values (P, H_kv, L, D) of P prompts in every layer, with their gradient: a first
-    pass through the decoder, of the prompts, leaves them here. In a second one, of rows that say
-    by `use_for` whose prompt each has, they stand before the rows' own."""
+    """Keys and values (P, H_kv, L, D) of P prompts in every layer, with their gradient. It serves
+    two passes through the decoder. The first, over the prompts, stores them. Then use_for says which
+    prompt each row continues, and the second, over the rows, has them before each row's own."""
 
     def __init__(self):
         self.layers = []  # (keys, values) of each
@@ -345,7 +347,7 @@ class PromptCache:
         self.prompt_of = prompt_of
 
     def update(self, layer: int, k, v):
-        """Of new tokens k, v (B, H_kv, S, D): what they look at, their own included."""
+        """k, v (B, H_kv, S, D) of new tokens -> all that these attend to, their own included."""
         if self.prompt_of is None:
             self.layers.append((k, v))
             return k, v
@@ -358,7 +360,8 @@ class DecodingCache:
     grow token by token.
 
     Before a pass of S tokens, `slots` (S,) says where their keys and values go, and `end` how many
-    of the positions are looked at. Both may stay what they are in a CUDA graph.
+    of the positions are looked at. In a CUDA graph `slots` is computed from a tensor and so moves on
+    with each replay; `end` is a constant there, L + T.
     """
 
     def __init__(self, prompts: PromptCache, K: int, T: int):
@@ -380,8 +383,8 @@ def head_dim(c: TextConfig) -> int:
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021) on x (B, H, S, D) as D / 2 points, of which the first half
-    of x holds one coordinate and the second the other; cos, sin (B, 1, S, D), see Decoder."""
+    """Rotary positions (Su et al. 2021) on x (B, H, S, D): numbers i and i + D / 2 are a point, which
+    is turned. cos, sin (B, 1, S, D); the rotation's minus sign is in sin's first half, see Decoder."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
@@ -406,10 +409,9 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # Grouped queries, as enable_gqa=True, which fused kernels do not take together with a mask:
-        # the queries of a group's heads, which look at the same keys, stand below one another as if
-        # they were more positions of one head; for them Decoder.forward repeats the rows of bias,
-        # (B, 1, H / H_kv * S, S_kv).
+        # Grouped queries. Fused kernels refuse enable_gqa=True together with a mask. So the query
+        # heads that share a key head are stacked along the positions, as one head of H / H_kv * S.
+        # Decoder.forward repeats the rows of bias to match: (B, 1, H / H_kv * S, S_kv).
         B, H, S, D = q.shape
         q = q.reshape(B, k.shape[1], -1, D)  # (B, H_kv, H / H_kv * S, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
@@ -464,9 +466,9 @@ class Decoder(nn.Module):
         angle = positions[:, None, :, None] * c.rope_theta**-exponent  # (B, 1, S, D / 2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1).to(x.dtype)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1).to(x.dtype)
-        # What is added to the scores, repeated for each query head of a group (see Attention). It is
-        # made wider and then cut, so that in memory its rows begin at multiples of 8: others would
-        # be copied and kept by CUDA's kernels in every layer.
+        # The mask as numbers to add to the scores, repeated for each query head of a group (see
+        # Attention). Padded and then cut, so that its rows begin at multiples of 8 in memory:
+        # otherwise CUDA's kernels make an aligned copy in every layer, and keep it.
         group = c.num_attention_heads // c.num_key_value_heads
         S_kv = mask.shape[-1]
         mask = F.pad(mask, (0, -S_kv % 8)).repeat(1, group, 1)[:, None]
@@ -738,7 +740,7 @@ class SpeechLM(nn.Module):
         places = to_device(scored.flatten().nonzero()[0], self.device)  # (M,)
         hidden = hidden.flatten(0, 1).index_select(0, places)
         logp = self.token_logp(hidden, to_device(rows[scored], self.device))  # (M,)
-        # Which of the M a response's tokens are; past its end stands one more, a zero.
+        # index[r, t]: where in logp row r's token t is; past the end M, where the pad puts a zero.
         index = np.full((R, T), len(places))
         index[:, :S][scored] = np.arange(len(places))
         index = to_device(index[row_of], self.device)
@@ -831,9 +833,9 @@ class SpeechLM(nn.Module):
 
 
 def distinct_responses(tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of K responses to each of P prompts, tokens (P, K, T) and lengths (P, K), each that is another
-    once: their tokens (R, S), -1 past an end and S the longest length; the prompt of each, (R,); and
-    which of them each response is, (P * K,)."""
+    """The R distinct pairs of a prompt and a response among K responses to each of P prompts, tokens
+    (P, K, T) and lengths (P, K). Returns the tokens of each pair (R, S), -1 past its end, S the
+    longest length; the prompt of each (R,); and the pair of every response (P * K,)."""
     P, K, T = tokens.shape
     lengths = np.asarray(lengths)
     ended = np.arange(T) >= lengths[..., None]

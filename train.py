@@ -123,8 +123,8 @@ class Config:
     cuda_graph: bool = flag(True, "on CUDA, record one decoding step and replay it")
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")
 
-    # May change between a run and its resumption: paths, for which the rows' fingerprint and the
-    # base's relative path stand, and how it is computed. Everything else is what the run is.
+    # May differ when a run is resumed: paths, in whose place a fingerprint of the rows and the base's
+    # relative path are compared, and how things are computed. All other fields must be equal.
     FREE = "out init base data save_every device cuda_graph cache_gb micro_prompts".split()
     # What the base model depends on.
     BASE = "task base_seed ctc_steps sft_steps base_lr base_batch warmup grad_clip".split()
@@ -310,10 +310,10 @@ def train_policy(
 
 
 def draw_prompts(cfg: Config, step: int, rows: int) -> tuple[list[int], list[int]]:
-    """This process's prompts of a step: r, r + N, ... of its rollout batch.
+    """This process's prompts of a step: every world()-th of the rollout batch, from rank() on.
 
-    Returns which draw of the run each is, for its noise (a row that is drawn again gets other
-    noise), and its row in the training split.
+    Returns for each its number among all draws of the run, which keys its noise (a row drawn again
+    gets other noise), and its row in the training split.
     """
     start = step * cfg.prompts
     own = slice(rank(), None, world())
@@ -369,9 +369,9 @@ def validate(
 def sample_with_credit(
     cfg: Config, model, tokenizer, split: data.Split, indices, credit, reward
 ) -> list[dict]:
-    """Of each row at indices K sampled responses as LEAF sees them, in plain lists: answers, and by
-    token its id, piece and surprisal; rewards, if reward is not None, and the credit of tokens, if
-    the rule is not None either. A row meets the same noise whenever it is looked at."""
+    """K sampled responses to each row at indices, as a dict of plain lists per row: "answers"; by
+    token "tokens", "pieces" and "surprisal"; "rewards" if there is a reward; by token "credit" if
+    there is a rule, too. The noise is keyed by the row: each call uses the same."""
     u = data.noise([cfg.base_seed, LOOK], indices, cfg.responses, cfg.max_new_tokens, model.device)
     prompts = split.prompts(model, list(indices))
     rollout = model.sample(prompts, u, tokenizer.eos_id, cfg.temperature, cfg.top_p).to("cpu")
@@ -425,7 +425,7 @@ def load(cfg: Config, device, dtype, adapter=""):
     """The base in eval mode, with an adapter if one is named, and its tokenizer."""
     folder = cfg.base_folder
     if not is_there(folder):
-        raise UserError(f"the base {folder} is missing: its place is told from the run's folder")
+        raise UserError(f"the base {folder} is missing: restore it, or name it with --base")
     try:
         if is_there(folder / "tokenizer.model"):  # trained here
             tokenizer = data.Tokenizer(folder / "tokenizer.model")
@@ -545,6 +545,7 @@ def show_examples(folder: Path, count: int = 2):
 def evaluate_only(cfg: Config, folder: Path, device, dtype, reward):
     """Figures and answers of a run's or a checkpoint's model on the test split."""
     if is_there(folder / "config.json"):
+        # None if the run had another: then a note says so, and no mean reward is shown.
         reward = those_of_the_run(folder, reward=reward)["reward"]
     rows = load_rows(cfg, ("test",))["test"]
     model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
@@ -566,8 +567,8 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype, reward):
 
 
 def finished(folder: Path, given: dict, adapter="adapter") -> Config:
-    """The configuration of the finished run in a folder, whose resume_adapter is its own adapter (or
-    BEST), wherever it began; what is given on the command line replaces the rest."""
+    """The configuration with which to use the finished run in a folder: as saved, but resume_adapter
+    is the adapter that the run made (or BEST). What is given has precedence over the rest."""
     if not is_there(folder / "results.json"):
         raise UserError(f"{folder} holds no finished run: name one, or train it first")
     with errors_of_reading(folder, "a finished run"):
@@ -581,8 +582,8 @@ def finished(folder: Path, given: dict, adapter="adapter") -> Config:
 
 
 def evaluated(given: dict, adapter: str) -> Config:
-    """What --eval-only means: the finished run in --out; or --init or --base as they are, in a
-    folder of their own."""
+    """What --eval-only means. Without --init and --base: the finished run in --out. With one of them:
+    that model itself, in a folder of its own; but if --out names a run, that run."""
     cfg = Config(**given)
     as_it_is = cfg.init or cfg.base
     if as_it_is and not cfg.out:
@@ -663,7 +664,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in corpus.items())
     print(f"{cfg.name}: {counts} rows; on {device}")
 
-    # Base: load it, or train it. LoRA, off for now.
+    # Base: load it, or train it. Put LoRA on it.
     wanted = corpus if rank() == 0 else {"train": corpus["train"]}
     splits = {name: data.Split(name, rows, cfg.cache_gb) for name, rows in wanted.items()}
     digest = fingerprint(corpus["train"], cfg.data)
@@ -680,7 +681,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
     for split in splits.values():
         split.hear(model, tokenizer, hearing_is_frozen)
 
-    # Measure it.
+    # Measure the base: LoRA off.
     if rank() == 0:
         with lora_disabled(model):
             if not is_there(folder / BASE_SCORES):
@@ -690,6 +691,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
             base_result = read_json(folder / BASE_SCORES)
 
     # Train.
+    # By name, since the parameter hides train.credit.
     rule = cfg.algo.upper() if credit.__name__ == "credit" else credit.__qualname__
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     batch = f"{cfg.prompts} prompts x {cfg.responses} responses"

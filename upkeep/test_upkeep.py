@@ -825,7 +825,7 @@ def test_two_processes_are_one(device, first_run, tmp_path):
             os.kill(number, signal.SIGTERM)
         said = process.stdout.read()
     done = len(metrics(two))
-    assert process.returncode and 1 <= done < 6 and f"saved step {done} of 6" in said
+    assert process.returncode and 1 <= done < 6 and f"saved step {done} in" in said
     assert [path.name for path in saved_steps(two / "checkpoints/policy")] == [f"step-00000{done}"]
     said = subprocess.run(**started, check=True).stdout
     assert said.count("6 steps of") == 1 and said.count("took") == 1
