@@ -6,7 +6,7 @@ kHz (corpora.load.Recording, corpora.synthetic.Speech), and optionally
     "transcript"  the words spoken: trains the encoder's CTC head (characters)
     "target"      what supervised training of the base teaches; default: the reference
     "slots"       words or phrases that only the audio tells, e.g. ["seven", "bought|purchased"];
-                  {"number": "seven", "verb": "bought|purchased"}: evaluation reports each field
+                  or, named, {"number": "seven", "verb": "bought|purchased"}: each is reported
     "group"       a name under which evaluation reports these rows separately
 """
 
@@ -161,8 +161,8 @@ def slot_accuracy(answers: list[str], rows: list[dict], field: str = "") -> floa
 
 
 def references_as_heard(answers: list[str], rows: list[dict]) -> list[str]:
-    """For the ceiling: the references, where the words of each slot that the row's answer lacks are
-    overwritten by one that no reference has. They earn what perfect wording earns with this hearing."""
+    """For the ceiling: each reference, with a word that no reference has for every word of the slots
+    that the row's answer lacks. These texts earn what perfect wording of what was heard earns."""
     unheard = "unheard"
     while any(unheard in row["reference"].lower() for row in rows):
         unheard += "x"
@@ -214,17 +214,11 @@ def swapped_audio(rows: list[dict]) -> list[int]:
 HEARD = "heard %, "  # begins the name of a field's score
 
 
-def evaluation_scores(
-    rows: list[dict],
-    greedy: list[str],
-    passes: list[list[str]],
-    swapped: list[str] | None,
-    reward=reward,
-) -> dict[str, float]:
-    """The figures of a report, from a greedy answer and some sampled ones to each row.
+def evaluation_scores(rows, greedy, passes, swapped, reward=reward) -> dict[str, float]:
+    """The figures of a report, from a greedy answer to each row and passes of sampled ones.
 
-    swapped: greedy answers to the audio of the rows at swapped_audio(rows), where rows have slots.
-    reward None: without the mean reward and its ceiling.
+    swapped: greedy answers to the audio of the rows at swapped_audio(rows); None where no row has
+    slots. reward None: without the mean reward and its ceiling.
     """
     references = [row["reference"] for row in rows]
 
@@ -357,24 +351,6 @@ class Tokenizer:
     def pieces(self, ids: list[int]) -> list[str]:
         """Each token as text; SentencePiece writes a space as a low block."""
         return [self.sp.id_to_piece(i).replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for i in ids]
-
-
-class Alphabet:
-    """Characters of the transcripts as CTC classes; class 0 is the blank."""
-
-    def __init__(self, characters: str):
-        self.characters = characters
-        self.index = {c: i for i, c in enumerate(characters, start=1)}
-
-    @classmethod
-    def of(cls, rows: list[dict]) -> "Alphabet":
-        return cls("".join(sorted(set("".join(row.get("transcript", "") for row in rows)))))
-
-    def __len__(self):
-        return len(self.characters) + 1
-
-    def encode(self, text: str) -> list[int]:
-        return [self.index[c] for c in text if c in self.index]
 
 
 # --------------------------------------------------------------------------------------------------

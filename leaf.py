@@ -141,7 +141,7 @@ def span_credits(
             credit = advantage(node.value, parent_value)
             if multiplicity:  # n responses repeat this span; sqrt(n) makes up for that (paper)
                 credit /= math.sqrt(len(node.members))
-            end = min(node.boundary, length)  # spans of a response that has ended are empty
+            end = min(node.boundary, length)  # who ends before b: its later spans are empty
             if start < end:
                 spans.append(Span(i, start, end, credit))
             start = end
@@ -318,7 +318,8 @@ def format_tree(pieces: list[list[str]], rewards, nodes: list[Node], advantages=
         """Lines for responses that have shown `start` tokens; a tail is drawn like a node of one."""
         pending = set(members)
         # Nodes come by rising boundary and groups only split, so a node within `pending` is a child
-        # here. The recursion draws its descendants; by then their members are not pending here.
+        # here. The recursion draws its descendants; when this loop comes to them, their members
+        # have left `pending`.
         for at, node in enumerate(candidates):
             if pending.issuperset(node.members):
                 pending -= set(node.members)

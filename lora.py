@@ -2,7 +2,7 @@
 
     y = W x + (alpha / r) B A x        A (r, in), B (out, r)
 
-W itself never changes. Where there are gradients the update of x is two thin products; to sample,
+W itself never changes. To train, (alpha / r) B A x is two thin products; to sample in float32,
 W + (alpha / r) B A is formed beside W. Switching the adapters off leaves the base model bit for bit,
 so the KL reference of RL needs no second model in memory:
 

@@ -12,7 +12,7 @@ tokens, C channels, H heads, D head width, P prompts, K responses per prompt, L 
 S sequence length, V vocabulary.
 
 Padding never changes a result: every convolution, attention and statistic that could see a padded
-frame masks it.
+frame masks it or finds zeros there.
 
 What K responses to one prompt share is computed once: the prompt's keys and values, which each
 response has before its own while it is sampled (DecodingCache) and when it is scored (PromptCache);
@@ -720,7 +720,7 @@ class SpeechLM(nn.Module):
         prompt_of = to_device(prompt_of, self.device)
         R, S = rows.shape
 
-        # The prompt's last token predicts a row's first, each token of a row the one behind it.
+        # The prompt's last token predicts a row's first, each token of a row the next.
         decoder = self.language_model.model
         cache = PromptCache()
         hidden = decoder(prompts.x, prompts.positions, prompts.mask, cache)
@@ -740,7 +740,7 @@ class SpeechLM(nn.Module):
         places = to_device(scored.flatten().nonzero()[0], self.device)  # (M,)
         hidden = hidden.flatten(0, 1).index_select(0, places)
         logp = self.token_logp(hidden, to_device(rows[scored], self.device))  # (M,)
-        # index[r, t]: where in logp row r's token t is; past the end M, where the pad puts a zero.
+        # index[r, t]: where in logp row r's token t is; past its end M, the place of F.pad's zero.
         index = np.full((R, T), len(places))
         index[:, :S][scored] = np.arange(len(places))
         index = to_device(index[row_of], self.device)
@@ -840,8 +840,7 @@ def distinct_responses(tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndar
     lengths = np.asarray(lengths)
     ended = np.arange(T) >= lengths[..., None]
     responses = np.where(ended, -1, np.asarray(tokens)).reshape(P * K, T)[:, : lengths.max()]
-    # The same tokens behind another prompt are another response: its number leads.
-    keyed = np.column_stack((np.arange(P).repeat(K), responses))  # (P * K, 1 + S)
+    keyed = np.column_stack((np.arange(P).repeat(K), responses))  # (P * K, 1 + S), prompt first
     distinct, row_of = np.unique(keyed, axis=0, return_inverse=True)
     return distinct[:, 1:], distinct[:, 0], row_of
 

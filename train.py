@@ -50,15 +50,7 @@ from upkeep.forks import checked_credit, identity, those_of_the_run
 from upkeep.log import Log, StopSignals, append_line, best_validation, keep_lines
 from upkeep.machine import choose_device, peak_memory, quote
 from upkeep.optim import Updater, learning_rate
-from upkeep.processes import (
-    any_process,
-    average,
-    average_numbers,
-    joined_processes,
-    rank,
-    wait_for_all,
-    world,
-)
+from upkeep.processes import average, average_numbers, joined_processes, rank, wait_for_all, world
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag
@@ -123,8 +115,8 @@ class Config:
     cuda_graph: bool = flag(True, "on CUDA, record one decoding step and replay it")
     cache_gb: float = flag(1.0, "memory for each cache of features, frames and audio embeddings")
 
-    # May differ when a run is resumed: paths, in whose place a fingerprint of the rows and the base's
-    # relative path are compared, and how things are computed. All other fields must be equal.
+    # May differ when a run is resumed: how things are computed, and paths; a fingerprint of the rows
+    # and the base's relative path are compared instead. All other fields must be equal.
     FREE = "out init base data save_every device cuda_graph cache_gb micro_prompts".split()
     # What the base model depends on.
     BASE = "task base_seed ctc_steps sft_steps base_lr base_batch warmup grad_clip".split()
@@ -161,7 +153,7 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards) -> torch.Tensor:
     """The rule: advantages (K, T) of the tokens of one prompt's K responses.
 
     tokens (K, T) int, lengths (K,) int, surprisal (K, T) float in nats, rewards [K] float, all on
-    the host. A fork hands a function of this form to main.
+    the host. To try a rule of your own, hand main a function of this form.
     """
     if cfg.algo == "grpo":
         return leaf.grpo_advantages(tokens, lengths, rewards, cfg.std_floor)
@@ -170,17 +162,11 @@ def credit(cfg: Config, tokens, lengths, surprisal, rewards) -> torch.Tensor:
 
 
 def train_policy(
-    cfg: Config,
-    model: SpeechLM,
-    tokenizer,
-    training: data.Split,
-    validation: data.Split | None,
-    folder: Path,
-    targets,
-    credit=credit,
-    reward=data.reward,
+    cfg: Config, model, tokenizer, splits, folder: Path, targets, credit=credit, reward=data.reward
 ):
-    """Train LoRA, which `adapt` has put on `targets`, by LEAF, GRPO or another rule."""
+    """Train LoRA, which `adapt` has put on `targets`, by LEAF, GRPO or another rule. splits:
+    data.Split by name, "train" and, where there is one, "validation"."""
+    training, validation = splits["train"], splits.get("validation")
     parameters = lora_parameters(model)
     updater = Updater(parameters.values(), cfg.grad_clip)
     updates = cfg.prompts // cfg.update_prompts  # per step
@@ -296,12 +282,14 @@ def train_policy(
                         save_adapter(model, folder / BEST, targets, base=str(cfg.base_folder))
             if metrics["equal_rewards"] >= 0.9 and not warned:
                 warned = True
-                log.say(EQUAL_REWARDS.format(step=done))
+                equal = f"step {done}: of nine in ten prompts or more all answers earn the same"
+                log.say(f"{equal}, which teaches nothing")
 
             # The end of the step: its line, a checkpoint if it is time, and leave if somebody asked.
             log.write(done, metrics)
             rescue.done, rescue.updating = done, False
-            stopping = any_process(stop.asked, model.device)  # or the others would wait for ever
+            # Whoever was asked, all leave: the others would wait for ever.
+            stopping = average_numbers({"asked": float(stop.asked)}, model.device)["asked"] > 0
             if rank() == 0 and (done % cfg.save_every == 0 or done == cfg.steps or stopping):
                 log.sync()
                 save_checkpoint(checkpoints, done, parameters, updater.adam)
@@ -335,9 +323,6 @@ def score(cfg: Config, model: SpeechLM, split: data.Split, indices, rollout) -> 
     return torch.cat(parts)
 
 
-EQUAL_REWARDS = (
-    "step {step}: in nine of ten prompts or more all responses earn the same; they teach nothing"
-)
 VALIDATION = (
     "step {step}: validation BLEU {validation_bleu:.1f}, reward {validation_reward:.3f}  "
     "training reward {reward:.2f}, KL {kl:.2f}, usable forks {usable_fork_fire:.2f}"
@@ -468,14 +453,7 @@ EVALUATION_BATCH = 64  # rows answered together
 
 @torch.no_grad()
 def answer(
-    model: SpeechLM,
-    tokenizer,
-    split: data.Split,
-    cfg: Config,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: tuple[int, ...] = (0,),
-    audio_of: list[int] | None = None,
+    model, tokenizer, split, cfg: Config, temperature=0.0, top_p=1.0, seed=(0,), audio_of=None
 ) -> list[str]:
     """One response to each row; audio_of: the row whose audio each hears instead of its own."""
     texts = []
@@ -551,8 +529,6 @@ def evaluate_only(cfg: Config, folder: Path, device, dtype, reward):
     model, tokenizer = load(cfg, device, dtype, cfg.resume_adapter)
     split = data.Split("test", rows, cfg.cache_gb)
     split.hear(model, tokenizer)
-    with errors_of_writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     name = f"{cfg.name}-best" if Path(cfg.resume_adapter).name == BEST else cfg.name
     figures = folder / f"evaluation-{name}.json"
     predictions = folder / f"predictions-{name}.jsonl"
@@ -617,8 +593,8 @@ def parse(argv) -> tuple[Config, bool]:
 
 
 def main(argv=None, credit=credit, reward=data.reward):
-    """Everything that the command line starts; a fork hands in a rule of the form of `credit`, or a
-    reward of the form of data.reward."""
+    """Everything that the command line starts. A script of yours may hand in a rule of the form of
+    `credit`, or a reward of the form of data.reward."""
     began = time.time()
     cfg, eval_only = parse(argv)
     device, dtype = choose_device(cfg.device, cfg.dtype)
@@ -654,6 +630,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
     settings["rows"] = fingerprint(sum(corpus.values(), []), cfg.data)
     settings |= {"credit": identity(credit), "reward": identity(reward)}
     if rank() == 0:
+        # Written into a new folder; any other must be of the same configuration.
         check_same(folder, settings, "config.json", asdict(Config()))
     title = f"test split, {len(corpus['test'])} rows"
     if is_there(folder / "results.json"):
@@ -696,8 +673,7 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     batch = f"{cfg.prompts} prompts x {cfg.responses} responses"
     print(f"\n{rule}: {cfg.steps} steps of {batch}, {trainable:,} LoRA parameters")
-    training, validation = splits["train"], splits.get("validation")
-    train_policy(cfg, model, tokenizer, training, validation, folder, targets, credit, reward)
+    train_policy(cfg, model, tokenizer, splits, folder, targets, credit, reward)
     if rank() > 0:
         return
     with errors_of_writing(folder / "adapter"):

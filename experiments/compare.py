@@ -117,9 +117,7 @@ def run(args, stage: str, task: str, method: str, base: int, seed: int, lr: floa
     model, tokenizer = train.load(cfg, device, dtype)
     splits = splits_of(cfg, model, tokenizer)
     targets = train.adapt(cfg, model)
-    train.train_policy(
-        cfg, model, tokenizer, splits["train"], splits["validation"], folder, targets
-    )
+    train.train_policy(cfg, model, tokenizer, splits, folder, targets)
     lines = [json.loads(line) for line in (folder / "policy.jsonl").read_text().splitlines()]
     validation = {x["step"]: x["validation_bleu"] for x in lines if "validation_bleu" in x}
     result = described(cfg, method=method, seed=seed, lr=lr, validation=validation)

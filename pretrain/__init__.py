@@ -42,12 +42,13 @@ def train_base(cfg, training: data.Split, work: Path, device):
     """Train the compact model from scratch; saves a folder that SpeechLM.from_pretrained reads."""
     write_file(work / "tokenizer.model", data.Tokenizer.train(training.rows))
     tokenizer = data.Tokenizer(work / "tokenizer.model")
-    alphabet = data.Alphabet.of(training.rows)
-    config = compact(tokenizer.vocab_size, len(alphabet), tokenizer.audio_id)
+    spoken = [row.get("transcript", "") for row in training.rows]
+    class_of = {c: i for i, c in enumerate(sorted(set("".join(spoken))), start=1)}  # 0: the blank
+    config = compact(tokenizer.vocab_size, 1 + len(class_of), tokenizer.audio_id)
     model = init_weights(SpeechLM(config), cfg.base_seed).to(device)
     print(f"training a base model of {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    transcripts = [alphabet.encode(row.get("transcript", "")) for row in training.rows]
+    transcripts = [[class_of[c] for c in text] for text in spoken]
     has_transcripts = any(transcripts)
     if has_transcripts:
         train_ctc(cfg, model, training, transcripts, work)

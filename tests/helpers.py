@@ -447,7 +447,7 @@ def load_policy(first_run, out, flags):
     splits = {name: data.Split(name, rows, 1.0) for name, rows in train.load_rows(cfg).items()}
     for split in splits.values():
         split.hear(model, tokenizer)
-    return cfg, model, tokenizer, splits["train"], splits["validation"], out, targets
+    return cfg, model, tokenizer, splits, out, targets
 
 
 def write_corpus(folder, transcripts=True, rows=12):

@@ -304,11 +304,6 @@ def test_tokenizer_and_alphabet(tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(DataError, match=r"tokenizer.model cannot be read as a SentencePiece"):
             data.Tokenizer(tmp_path / "tokenizer.model")
-    alphabet = data.Alphabet.of([{"transcript": "cab a"}, {}, {"transcript": "bad"}])
-    assert len(alphabet) == 6
-    assert sorted(alphabet.encode("abcd ")) == [1, 2, 3, 4, 5]  # 0 is CTC's blank
-    assert alphabet.encode("bad?") == [alphabet.encode(c)[0] for c in "bad"]
-    assert alphabet.encode("") == []
 
 
 def test_the_first_process_alone_shows_a_bar(monkeypatch):

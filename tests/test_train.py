@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import data
 import lora
+import pretrain
 import train
 from corpora import synthetic
 from data import AUDIO
@@ -299,7 +300,7 @@ def test_what_the_loop_says(first_run, tmp_path, capsys):
     flags = "--steps 3 --eval-every 1 --no-multiplicity"
     train.main(tiny(flags, base=base_of(first_run), out=tmp_path / "run"), reward=constant)
     said = capsys.readouterr().out
-    assert said.count("all responses earn the same") == 1
+    assert said.count("all answers earn the same") == 1
     assert said.count("validation BLEU") == 3
     figures = {"validation_bleu": 100.0, "validation_reward": -1.0, "reward": -1.0, "kl": 99.0}
     longest = train.VALIDATION.format(step=99_999, usable_fork_fire=1.0, **figures)
@@ -325,3 +326,21 @@ def test_the_readmes_width_is_a_base_of_its_own(tmp_path):
         if "q_proj.lora_A" in name
     }
     assert sizes == {text["hidden_size"]}
+
+
+def test_ctc_has_a_class_for_every_character(tmp_path, monkeypatch):
+    """And one more, 0, which is CTC's blank."""
+    seen = {}
+
+    def stop_before(cfg, model, training, transcripts, folder):
+        seen.update(model=model, rows=training.rows, transcripts=transcripts)
+        raise KeyError
+
+    monkeypatch.setattr(pretrain, "train_ctc", stop_before)
+    with pytest.raises(KeyError):
+        train.main(tiny(out=tmp_path / "run"))
+    said = "".join(row["transcript"] for row in seen["rows"])
+    classes = [c for transcript in seen["transcripts"] for c in transcript]
+    pairs = set(zip(said, classes, strict=True))
+    assert sorted(c for _, c in pairs) == list(range(1, 1 + len(set(said))))
+    assert seen["model"].encoder.out.out_features == 1 + len(set(said))

@@ -77,7 +77,3 @@ def average_numbers(numbers: dict[str, float], device: torch.device) -> dict[str
     values = torch.tensor(list(numbers.values()), device=device)
     average([values])
     return dict(zip(numbers, values.tolist()))
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    return average_numbers({"flag": float(flag)}, device)["flag"] > 0
