@@ -497,7 +497,7 @@ def show_table(title: str, columns: dict[str, dict]):
     names = [name for name in results[0] if all(name in result for result in results)]
     table = [[title, *columns, *(["difference"] if len(results) == 2 else [])]]
     for name in names:
-        values = [result[name] for result in results]
+        values = [round(result[name], 2) for result in results]  # so that what is shown adds up
         difference = [f"{values[1] - values[0]:+.2f}"] if len(values) == 2 else []
         table.append([name, *(f"{value:.2f}" for value in values), *difference])
     fields = [name.removeprefix(data.HEARD) for name in names if name.startswith(data.HEARD)]

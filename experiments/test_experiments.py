@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import torch
 import lora
 import train
 from experiments import bench, common, compare, footprint, gpu, hearing
+from experiments.common import RESULTS
 from model import SpeechLM
-from tests.helpers import first_run, pad_responses, rand, read_json_lines, same, seeded
+from tests.helpers import ROOT, first_run, pad_responses, rand, read_json_lines, same, seeded
 from upkeep.errors import UserError
+from upkeep.files import read_json
 
 __all__ = ["first_run", "seeded"]  # fixtures
 
@@ -419,3 +422,28 @@ def test_gpu_measures_sides_alone(tmp_path, monkeypatch, capsys):
     assert max(tuned["from ours"].values()) < 1e-4
     assert "| kernels a token |" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compact", "compact-ours.pt"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The README's table
+
+
+def test_the_readmes_table_is_of_the_kept_runs():
+    runs = [read_json(file) for file in sorted(RESULTS.glob("default-base*.json"))]
+    made_with = [(run["config"]["base_seed"], run["environment"]["threads"]) for run in runs]
+    assert made_with == [(base, threads) for base in range(3) for threads in (1, 2)]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"\ntest split, 300 rows +base +trained\n(.*?)```", text, re.DOTALL)[1]
+    number = r"([\d.]+)"
+    for line in table.splitlines():
+        row = rf"(.*?)  +{number}–{number}  +{number}–{number}"
+        name, *shown = re.fullmatch(row, line).groups()
+        for column in ("base", "trained"):
+            values = [
+                min(value for field, value in run[column].items() if field.startswith("heard %, "))
+                if name == "worst heard %"
+                else run[column][name]
+                for run in runs
+            ]
+            assert [f"{min(values):.1f}", f"{max(values):.1f}"] == shown[:2], name
+            del shown[:2]
