@@ -584,6 +584,8 @@ def parse(argv) -> tuple[Config, bool]:
     if given.get("init") and given.get("base"):
         parser.error("--init and --base exclude each other")
     cfg = evaluated(given, adapter) if eval_only else Config(**given)
+    if cfg.base_folder.resolve() == cfg.run_folder.resolve():
+        parser.error("--base and --out must be two folders")
     check_numbers(parser, cfg)
     if cfg.prompts % cfg.update_prompts:
         parser.error(
@@ -668,7 +670,6 @@ def run(cfg: Config, corpus: dict[str, list[dict]], device, dtype, began: float,
             base_result = read_json(folder / BASE_SCORES)
 
     # Train.
-    # By name, since the parameter hides train.credit.
     rule = cfg.algo.upper() if credit.__name__ == "credit" else credit.__qualname__
     trainable = sum(p.numel() for p in lora_parameters(model).values())
     batch = f"{cfg.prompts} prompts x {cfg.responses} responses"

@@ -32,7 +32,7 @@ from lora import lora_disabled, lora_parameters
 from upkeep.checkpoints import read_checkpoint, saved_steps, step_of
 from upkeep.errors import DataError, UserError, command, errors_of_reading, errors_of_writing
 from upkeep.files import is_there, read_json, read_lines
-from upkeep.forks import those_of_the_run
+from upkeep.forks import identity, those_of_the_run
 from upkeep.machine import choose_device
 
 CURVES = {  # of policy.jsonl: a title, what to look for, and the least and largest value if known
@@ -91,8 +91,7 @@ def overview(cfg: train.Config, folder: Path) -> dict:
         "flags": " ".join(changed_flags(settings)) or "as they are by default",
     }
     curves = {name: curve(lines, name) for name in CURVES}
-    if (folder / "samples.jsonl").exists():
-        first = read_lines(folder / "samples.jsonl")[0]  # of the base
+    for first in kept_samples(folder)[:1]:  # of the base
         curves["validation_bleu"]["points"].insert(0, (0, rounded(first["validation_bleu"])))
     return {
         "facts": facts,
@@ -105,8 +104,17 @@ def overview(cfg: train.Config, folder: Path) -> dict:
 
 def name_of(kind: str, settings: dict, ours, told: str) -> str:
     """How the run's rule or reward is called: as told where it is ours, else by a fork's name."""
-    name = settings.get(kind, ours.__qualname__).partition(" ")[0]
-    return told if name == ours.__qualname__ else name
+    trained_by = settings.get(kind, identity(ours))
+    if trained_by == identity(ours):
+        return told
+    name = trained_by.partition(" ")[0]
+    return f"another {name}" if name == ours.__qualname__ else name
+
+
+def kept_samples(folder: Path) -> list[dict]:
+    """The lines of samples.jsonl, as far as there are any yet."""
+    file = folder / train.SAMPLES
+    return read_lines(file) if is_there(file) else []
 
 
 def changed_flags(settings: dict) -> list[str]:
@@ -354,9 +362,9 @@ def report(runs: list[Path], asked: list[int], given: dict) -> dict:
     for name, folder in zip(names, runs):
         cfg = configuration(folder, given)
         described.append({"name": name, **overview(cfg, folder)})
-        if (folder / "samples.jsonl").exists() and not asked:
+        lines = kept_samples(folder)
+        if lines and not asked:
             split = "validation"
-            lines = read_lines(folder / "samples.jsonl")
             rows = rows_of(cfg, folder, split, lines[0]["rows"])
             numbers = chosen.setdefault(fingerprint(rows, cfg.data), telling(lines))
             states = {name: [(f"step {line['step']}", line["rows"]) for line in lines]}

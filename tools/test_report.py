@@ -387,6 +387,10 @@ def test_a_run_that_is_not_finished(first_run, tmp_path, monkeypatch):
     shutil.copytree(first_run, run)
     (run / "results.json").unlink()
     shutil.rmtree(run / "adapter")
+    kept = (run / "samples.jsonl").read_bytes()
+    (run / "samples.jsonl").write_bytes(b"")  # as while the base is validated
+    assert len(make(tmp_path / "c.html", run)["examples"]) == 3  # test rows, with the model
+    (run / "samples.jsonl").write_bytes(kept)
     page = make(tmp_path / "b.html", run, "--rows", "0,1,2")
     flags = page["runs"][0]["facts"]["flags"]
     assert flags.startswith("--train-rows 24 ") and "--base " not in flags

@@ -30,7 +30,7 @@ def save_checkpoint(folder: Path, step: int, named, optimizer):
             reason = f"{key} has values that are not finite"
             raise UserError(f"step {step} is not saved in {folder}: {reason}")
     with errors_of_writing(temporary):
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)  # Rescue may try a failed save again
         save_file(tensors, temporary / "tensors.safetensors")
         sync(temporary / "tensors.safetensors")
         sync(temporary)

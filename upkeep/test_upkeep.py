@@ -569,6 +569,7 @@ def run_as_script(*flags):
         ("--responses 0", "responses"),
         ("--base-seed 99999999999999999999", "base_seed"),
         ("--data nowhere", "train.jsonl"),
+        ("--base run --out run", "two folders"),
     ],
 )
 def test_bad_flags_get_one_line_and_exit_code_2(flags, word, tmp_path, monkeypatch, capsys):
@@ -695,6 +696,21 @@ def test_a_step_that_fails_half_way_is_not_saved(first_run, tmp_path, monkeypatc
     train.main(command, reward=by_letters)
     train.main([*command[:-1], str(tmp_path / "whole")], reward=by_letters)
     assert_same_run(tmp_path / "run", tmp_path / "whole", base=False)
+
+
+def test_a_save_that_fails_tells_why(first_run, tmp_path, monkeypatch, capsys):
+    """Rescue tries again, and meets the same; the same command goes on."""
+    command = tiny("--eval-every 0", base=base_of(first_run), out=tmp_path / "run")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        assert run_as_script(*command) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    train.main(command)
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_training_in_a_thread(first_run, tmp_path):
