@@ -10,13 +10,11 @@ recording comes before the question, or where the question has <|audio|>.
 import argparse
 from pathlib import Path
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 import data
 import leaf
 import train
 from corpora.load import Recording
+from tools.report import padded
 from upkeep.errors import command
 from upkeep.forks import those_of_the_run
 from upkeep.machine import choose_device
@@ -41,11 +39,8 @@ def ask(
         ours = those_of_the_run(run, credit=train.credit, reward=data.reward)
     cfg.responses = samples
     sampled = train.sample_with_credit(cfg, model, tokenizer, split, [0], **ours)[0]
-    surprisal = [torch.tensor(values) for values in sampled["surprisal"]]
-    lengths = [len(values) for values in surprisal]
-    boundaries = leaf.select_boundaries(
-        pad_sequence(surprisal, batch_first=True), lengths, cfg.fork_budget
-    )
+    lengths = [len(tokens) for tokens in sampled["tokens"]]
+    boundaries = leaf.select_boundaries(padded(sampled["surprisal"]), lengths, cfg.fork_budget)
     rewards = sampled.get("rewards")
     nodes = leaf.build_tree(sampled["tokens"], lengths, rewards or [0.0] * samples, boundaries)
     print(f"boundaries {boundaries}")

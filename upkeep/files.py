@@ -99,14 +99,14 @@ OURS = set(
 )
 
 
-def check_same(folder: Path, settings: dict, file: str, defaults: dict, ours=OURS):
+def check_same(folder: Path, settings: dict, file: str, defaults: dict):
     """A folder belongs to one configuration, which is in `file`: where none of our files is there
     besides, it takes the settings; any other is refused unless they are the same. A setting that
     `file` does not know has its default. Raises UserError with the difference."""
     path = folder / file
     choose = "choose another folder with " + ("--base" if file == "base.json" else "--out")
     with errors_of_reading(folder, "a folder"):
-        found = ours & {entry.name for entry in folder.iterdir()}
+        found = OURS & {entry.name for entry in folder.iterdir()}
     if found and file not in found:
         raise UserError(f"{folder} holds {min(found)} but no {file}: restore that, or {choose}")
     there = read_json(path) if found else {}
